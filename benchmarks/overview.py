@@ -2,7 +2,8 @@
 
 The picture (docs/quality-memory.svg) has a point for each variant of the study: its score against the peak of memory.
 The table has a line for each method: what it is for (`overview.yaml`), and what its first measured variant reached and
-cost. Both are of one file and one task, so that all they show was trained on the same rows. `tables.py` writes them.
+cost. Both are of one file and one task, so that all they show was trained on the same rows; a column of the table has
+the scores of one more file. `tables.py` writes them.
 """
 
 from dataclasses import dataclass, field
@@ -75,12 +76,7 @@ def study(folder: Path = results.FOLDER) -> tuple[str, list[Variant], list[dict[
     """
     best: tuple[str, list[Variant], list[dict[str, Any]]] = ("", [], [])
     for name in description()["files"]:
-        rows = [row for row in results.read(name, folder) if row.get("task") == description()["task"]]
-        variants: dict[str, Variant] = {}
-        for row in rows:
-            variant = variants.setdefault(row["variant"], Variant(row["variant"], method_of(row["variant"])))
-            variant.values[row["quantity"]] = row
-        found = [variant for variant in variants.values() if variant.value("score") is not None]
+        found, rows = _scored(name, folder)
         drawn = sum(variant.is_drawn for variant in found)
         if drawn >= ENOUGH:
             return name, found, rows
@@ -89,26 +85,39 @@ def study(folder: Path = results.FOLDER) -> tuple[str, list[Variant], list[dict[
     return best
 
 
+def _scored(name: str, folder: Path) -> tuple[list[Variant], list[dict[str, Any]]]:
+    """The variants of a file that have a score on the task, and the file's rows of the task."""
+    rows = [row for row in results.read(name, folder) if row.get("task") == description()["task"]]
+    variants: dict[str, Variant] = {}
+    for row in rows:
+        variant = variants.setdefault(row["variant"], Variant(row["variant"], method_of(row["variant"])))
+        variant.values[row["quantity"]] = row
+    return [variant for variant in variants.values() if variant.value("score") is not None], rows
+
+
 def choice(folder: Path = results.FOLDER) -> tuple[list[str], list[dict[str, Any]]]:
     """The lines of the table "which method" with a sentence above, and the rows that it shows."""
     name, variants, rows = study(folder)
     shown = {method: _first(method, variants) for method in description()["methods"]}
     measured = [variant for variant in shown.values() if variant is not None]
+    beside = description()["beside"]
+    others, other_rows = _scored(beside["file"], folder) if rows and name != beside["file"] else ([], [])
     columns = {head: column for head, column in COLUMNS.items() if any(_cell(v, *column) for v in measured)}
     lines = []
     if rows:
         empty = " Empty: not measured there." if len(measured) < len(shown) else ""
         lines = [
             f"{description()['files'][name]} on {description()['task']}. Peak: above the loaded model, over the whole "
-            f"run.{empty}",
+            f"run.{empty}" + (f" {beside['about']}" if others else ""),
             "",
         ]
-    heads = ["you want", "`--method`", *columns, "what it is"]
-    lines += [f"| {' | '.join(heads)} |", "| --- | --- |" + " ---: |" * len(columns) + " --- |"]
+    heads = ["you want", "`--method`", *columns, *([beside["head"]] if others else []), "what it is"]
+    lines += [f"| {' | '.join(heads)} |", "| --- | --- |" + " ---: |" * (len(heads) - 3) + " --- |"]
     for method, about in description()["methods"].items():
         cells = [_cell(shown[method], *column) for column in columns.values()]
+        cells += [_cell(_first(method, others), *COLUMNS["score, %"])] if others else []
         lines.append(f"| {' | '.join([about['wanted'], f'`{method}`', *cells, about['about'].strip()])} |")
-    return lines, [{**row, "file": name} for row in rows]
+    return lines, [{**row, "file": file} for file, part in ((name, rows), (beside["file"], other_rows)) for row in part]
 
 
 def _first(method: str, variants: list[Variant]) -> Variant | None:

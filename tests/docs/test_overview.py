@@ -84,6 +84,20 @@ def test_table_has_a_line_for_each_method(tmp_path):
     assert cells["linearhead"][2] == "70.0 ± 1.4" and cells["full"][2:4] == ["", ""]
 
 
+def test_scores_of_the_base_size_stand_beside_those_of_the_table(tmp_path):
+    few = {"full": (0.8, 100), "lora": (0.7, 90), "sparse": (0.6, 80), "kernel": (0.5, 70)}
+    results.save("methods", rows(few), ["x"], tmp_path)
+    alone = overview.choice(tmp_path)[0]
+    assert "base size" not in alone[0] + alone[2]
+    results.save("base_size", rows({"full": (0.9, 1), "head-gld": (0.4, 1)}), ["x"], tmp_path)
+    results.save("base_size", rows({"full": (0.1, 1)}, task="rte"), ["x"], tmp_path)
+    lines, shown = overview.choice(tmp_path)
+    heads = lines[2].split(" | ")
+    cells = {re.search(r"`(\w+)`", line)[1]: line.split(" | ")[heads.index("base size, %")] for line in lines[4:]}
+    assert cells["full"] == "90.0 ± 1.4" and cells["gradientless"] == "40.0 ± 1.4" and cells["lora"] == ""
+    assert {row["file"] for row in shown} == {"methods", "base_size"} and lines[3].count("---:") == len(heads) - 3
+
+
 def test_without_measurements_the_table_has_its_words(tmp_path):
     lines, shown = overview.choice(tmp_path)
     assert shown == [] and lines[0] == "| you want | `--method` | what it is |" and len(lines) == 2 + len(METHODS)
