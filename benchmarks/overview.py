@@ -117,7 +117,8 @@ def choice(folder: Path = results.FOLDER) -> tuple[list[str], list[dict[str, Any
         cells = [_cell(shown[method], *column) for column in columns.values()]
         cells += [_cell(_first(method, others), *COLUMNS["score, %"])] if others else []
         lines.append(f"| {' | '.join([about['wanted'], f'`{method}`', *cells, about['about'].strip()])} |")
-    return lines, [{**row, "file": file} for file, part in ((name, rows), (beside["file"], other_rows)) for row in part]
+    shown_files = ((name, rows), (beside["file"], other_rows))
+    return lines, [{**row, "file": file} for file, part in shown_files for row in part]
 
 
 def _first(method: str, variants: list[Variant]) -> Variant | None:
