@@ -184,8 +184,8 @@ def _block_width(module: nn.Module) -> int | None:
 def _in_and_out(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, Conv1D):
         return module.nx, module.nf
-    shape = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    return shape if all(isinstance(n, int) for n in shape) else None
+    n_in, n_out = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return (n_in, n_out) if isinstance(n_in, int) and isinstance(n_out, int) else None
 
 
 class _Function(nn.Module):
