@@ -89,8 +89,7 @@ MEASUREMENTS = {
     ),
     # last: it takes a third of the time, most of it in the published engine
     "kernel": Measurement(
-        # last: it takes a third of the time, most of it in the published engine
-    "kernel", ("kernel",), "--result kernel --formulas sgd signgd",
+        "kernel", ("kernel",), "--result kernel --formulas sgd signgd",
         "--result kernel --size roberta-base --train 1 --test 1 --length 4 --variants structured --formulas sgd",
         data=True,
     ),
