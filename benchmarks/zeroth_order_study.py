@@ -80,14 +80,14 @@ class Task:
         self.model_args = ModelArguments(model_name_or_path=args.model, dtype="float32")
         tokenizer, model = load_tokenizer_and_model(self.model_args, self.data, seed=0, data_args=self.data_args)
         rows = tokenize_prompts(self.data, tokenizer, self.data_args, model.config, data_seed=data_seed)
-        body = model.eval().masked_lm.base_model
+        model.eval()
         self.collate = DataCollatorWithPadding(tokenizer)
-        last = body.encoder.layer[args.frozen_layers - 1] if args.frozen_layers else body.embeddings
+        last = last_frozen(model, args.frozen_layers)
         dev, test = (next(iter(part.values())) for part in (rows.validation, rows.test or rows.validation))
         self.train = _embedded(model, last, list(rows.train))
         self.dev = _embedded(model, last, _some(list(dev), args.dev_rows))
         self.test = _embedded(model, last, _some(list(test), args.test_rows))
-        body.embeddings, body.encoder.layer = Embedded(), body.encoder.layer[args.frozen_layers :]
+        drop_frozen(model, args.frozen_layers)
         self.pretrained = model
 
     def model(self) -> torch.nn.Module:
@@ -110,6 +110,18 @@ class Task:
             right += int((logits.argmax(-1) == labels).sum())
             loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
         return right / len(rows), loss / len(rows)
+
+
+def last_frozen(model: torch.nn.Module, layers: int) -> torch.nn.Module:
+    """The last module of the part that is the embeddings and the first `layers` layers."""
+    body = model.masked_lm.base_model
+    return body.encoder.layer[layers - 1] if layers else body.embeddings
+
+
+def drop_frozen(model: torch.nn.Module, layers: int) -> None:
+    """Replace that part by its stored outputs."""
+    body = model.masked_lm.base_model
+    body.embeddings, body.encoder.layer = Embedded(), body.encoder.layer[layers:]
 
 
 @torch.no_grad()

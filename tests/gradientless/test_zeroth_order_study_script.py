@@ -24,12 +24,9 @@ def test_stored_outputs_of_the_frozen_part_replace_it(family, frozen):
     rows = [{key: value[0].tolist() for key, value in row.items()} | {"labels": i % 2} for i, row in enumerate(single)]
     whole = torch.cat([model(**row).logits for row in single])
 
-    body = model.masked_lm.base_model
-    last = body.encoder.layer[frozen - 1] if frozen else body.embeddings
-    rows = zeroth_order_study._embedded(model, last, rows)
+    rows = zeroth_order_study._embedded(model, zeroth_order_study.last_frozen(model, frozen), rows)
     upper = copy.deepcopy(model)
-    body = upper.masked_lm.base_model
-    body.embeddings, body.encoder.layer = zeroth_order_study.Embedded(), body.encoder.layer[frozen:]
+    zeroth_order_study.drop_frozen(upper, frozen)
     task = SimpleNamespace(collate=collator)
     padded = zeroth_order_study.Task.batch(task, rows)
     padded.pop("labels")
