@@ -27,10 +27,10 @@ class Estimate:
     | `forward` | the derivative along `z_i`, by forward-mode differentiation | n | Baydin et al., arXiv 2202.08587 |
 
     `L_i = L(theta + eps z_i)`, and sigma is their standard deviation (with n - 1 for `one-sided`, n for `population`).
-    Slopes of `one-sided` and `population` are normalised, so the learning rate sets the length of the step. FZOO's
-    paper has another factor `1 / eps`; its authors' code (DKmiyan/FZOO) omits it, as here, so that the learning rates
-    of its scripts can be used. That code divides by n, not n - 1, in sigma. The learning rate of a population is
-    called alpha in the paper.
+    Slopes of `one-sided` and `population` are normalised, so the learning rate sets the length of the step; they are 0
+    if all `L_i` are equal. FZOO's paper has another factor `1 / eps`; its authors' code (DKmiyan/FZOO) omits it, as
+    here, so that the learning rates of its scripts can be used. That code divides by n, not n - 1, in sigma. The
+    learning rate of a population is called alpha in the paper.
 
     Args:
         kind: one of `ESTIMATES`.
@@ -70,4 +70,6 @@ class Estimate:
         # FZOO: sigma^2 = sum (L_i - mean)^2 / (n - 1); z-scores of a population: divided by n
         sigma = perturbed.std(correction=1 if self.kind == ONE_SIDED else 0)
         center = losses[0] if self.kind == ONE_SIDED else perturbed.mean()
-        return (perturbed - center) / sigma if sigma > 0 else torch.zeros_like(perturbed)
+        # Of equal losses, as an accuracy often gives, mean and deviation are rounding errors, and so is their ratio.
+        equal = bool((perturbed == perturbed[0]).all())
+        return torch.zeros_like(perturbed) if equal else (perturbed - center) / sigma
