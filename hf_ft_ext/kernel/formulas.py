@@ -35,7 +35,10 @@ _EXACT_SUM = 2**24  # sums of up to 2^24 products of signs are exact in float32
 
 
 def sign_scale(squared_norms: torch.Tensor) -> torch.Tensor:
-    """Factors `1 / (ZERO |J|)` for gradient rows J, so that scaled entries below 1 count as zero: `[rows]`."""
+    """Factors `1 / (ZERO |J|)` for gradient rows J, so that scaled entries below 1 count as zero: `[rows]`.
+
+    0 for a row of zeros, and for one with NaN or infinity.
+    """
     norms = squared_norms.clamp_min(0).sqrt()
     return torch.where(norms > 0, 1 / (ZERO * norms), 0.0)
 

@@ -149,3 +149,14 @@ def test_a_kernel_with_nan_names_example_and_parameter():
     right["input_ids"][6, 1] = 59
     with pytest.raises(InputError, match=r"of bert\..* for example 6 \(from 0\) of the second.* is NaN or infinite"):
         empirical_ntk(family("bert"), left, right, function=function)
+
+
+@pytest.mark.parametrize("formula", ["sgd", "signgd", "asymmetric_signgd"])
+def test_nan_in_the_gradient_of_a_weight_alone_is_found(formula):
+    """signgd multiplies signs in int8, which has no NaN."""
+    model, x = nn.Linear(8, 1).double(), torch.randn(6, 3, 8, dtype=torch.double)
+    settings = {"formula": formula, "parameters": "weight", "function": lambda m, rows: m(rows["x"]).mean((1, 2))}
+    assert empirical_ntk(model, {"x": x}, **settings).isfinite().all()
+    x[2, 1, 3] = torch.nan
+    with pytest.raises(InputError, match=r"gradient of weight for example 2 \(from 0\) of the first side is NaN"):
+        empirical_ntk(model, {"x": x}, **settings)

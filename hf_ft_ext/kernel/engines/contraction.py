@@ -116,7 +116,7 @@ class Contraction:
         if at_once and self.formula is Formula.SIGNGD:
             row_bytes += size * like.dtype.itemsize  # the rows whose signs are taken
         share = max(self.max_bytes // (2 * c * row_bytes), 1)
-        dense = self._dense_batched if at_once else self._dense
+        dense = self._dense_batched if at_once else functools.partial(self._dense, self._type_of_signs(like, scales))
         counts = [sum(len(matrix.counts) for matrix in side) for side in (left, right)]
         for i in range(0, counts[0], share):
             a = dense("left", _Tokens(left, i, i + share), i * c, scales[0])
@@ -134,13 +134,23 @@ class Contraction:
         torch.bmm(grads.flatten(2).mT, inputs, out=rows.view(n, c * height, -1))
         return self.views(rows, None if scale is None else scale[first : first + n * c])
 
-    def _dense(self, name: str, tokens: "_Tokens", first: int, scale: torch.Tensor | None) -> tuple:
-        """The views of the examples' full gradient rows; `first` is the index of the first row."""
+    def _type_of_signs(self, like: torch.Tensor, scales: tuple) -> torch.dtype:
+        """The type in which signs are multiplied; rows of scale 0 may hold NaN, which int8 would turn into 0."""
+        if self.formula is not Formula.SIGNGD:
+            return like.dtype
+        return sign_type(like.device) if all(scale.all() for scale in scales) else torch.float32
+
+    def _dense(self, kind: torch.dtype, name: str, tokens: "_Tokens", first: int, scale: torch.Tensor | None) -> tuple:
+        """The views of the examples' full gradient rows.
+
+        Args:
+            kind: type of the signs.
+            first: index of the first row.
+        """
         all_inputs, all_grads = tokens.activations, tokens.output_gradients
         c, width, height = all_grads.shape[1], all_inputs.shape[1], all_grads.shape[2]
         rows, size, dtype = tokens.n * c, width * height, all_grads.dtype
         raw = None if self.formula is Formula.SIGNGD else self.scratch.take(name, rows, size, all_inputs, dtype)
-        kind = sign_type(all_inputs.device) if self.formula is Formula.SIGNGD else dtype
         sign = None if scale is None else self.scratch.take(f"{name} signs", rows, size, all_inputs, kind)
         step = height if scale is None else -(-height // -(-size // self._CHUNK))  # rows of the weight per chunk
         chunk = self.scratch.take("chunk", step, width, all_inputs, dtype)
