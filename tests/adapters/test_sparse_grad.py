@@ -186,6 +186,25 @@ def test_both_ways_to_the_sums_agree(monkeypatch, tokens):
             torch.testing.assert_close(one.abs(), two.abs(), rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("runs", [1, 2])
+@pytest.mark.parametrize("rows", [True, False])
+def test_a_float16_gradient_may_exceed_the_range_of_float16(monkeypatch, rows, runs):
+    from hf_ft_ext.adapters.sparse_grad.sketches import Sketches
+
+    monkeypatch.setattr(Sketches, "rows_are_cheaper", lambda self, n: rows)
+    x, g = torch.full((40, 6), 100.0, dtype=torch.half), torch.full((40, 5), 100.0, dtype=torch.half)
+    sides = [Sketch(random_test_matrix(n, n, 0, torch.float32, torch.device("cpu")), n) for n in (5, 6)]
+    sketches = Sketches(None, [], *sides)
+    sketches.begin_step(accumulated=False)
+    sketches.runs["layer"] = runs
+    for _ in range(runs):
+        sketches.observer("layer")(x, g)
+    sketches.end_step()
+    gradient = runs * g.double().T @ x.double()  # entries of 400,000 a run
+    for sketch, gram in zip(sides, (gradient @ gradient.T, gradient.T @ gradient), strict=True):
+        torch.testing.assert_close(sketch.sum.double(), gram, rtol=1e-5, atol=0)
+
+
 def test_the_pre_pass_changes_nothing_but_columns():
     model = adapted("bert").train()
     before = {name: value.clone() for name, value in model.state_dict().items() if "columns" not in name}

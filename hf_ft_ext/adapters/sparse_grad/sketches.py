@@ -119,14 +119,14 @@ class Sketches:
             self._dtype = dtype
             # A layer that runs several times has one gradient, the sum of its runs'; sums of products take any number.
             if self.runs[name] > 1 and not self._accumulated:
-                formed = (g.T @ x.to(g.dtype)).to(self.out.sum.dtype)
+                formed = (g.to(dtype).T @ x.to(dtype)).to(self.out.sum.dtype)
                 self._pending[name] = self._pending[name] + formed if name in self._pending else formed
                 return
             gradient: _DenseGradient | _FactoredGradient
             if self.rows_are_cheaper(len(x)):
                 gradient = _FactoredGradient(x.to(dtype), g.to(dtype))
             else:
-                gradient = _DenseGradient((g.T @ x.to(g.dtype)).to(dtype))
+                gradient = _DenseGradient(g.to(dtype).T @ x.to(dtype))
             if self._accumulated:
                 self._accumulate(name, gradient)
             else:
