@@ -12,6 +12,7 @@ from torch import nn
 
 from hf_ft_ext import InputError, SparseGradLinear, convert_to_sparse, merge_sparse, sparse_layers
 from hf_ft_ext.sparse.convert import freeze_rest
+from hf_ft_ext.structure.targets import is_plain_linear
 
 INPUTS = {"input_ids": torch.arange(5, 25).view(2, 10)}
 
@@ -130,6 +131,19 @@ def test_converted_layers_of_unusual_feed_forwards(kind, converted, warning, cap
     assert list(model.state_dict()) == keys
     messages = [record.getMessage() for record in caplog.records]
     assert messages == [] if warning is None else re.search(warning, messages[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_layers_that_round_their_product_before_the_bias_are_linear(dtype):
+    class Rounding(nn.Linear):  # as Falcon's
+        def forward(self, x):
+            return x @ self.weight.T + self.bias
+
+    layer = Rounding(256, 256)
+    nn.init.normal_(layer.bias)
+    assert is_plain_linear(layer.to(dtype))
+    layer.forward = lambda x: 1.05 * Rounding.forward(layer, x)
+    assert not is_plain_linear(layer)
 
 
 @pytest.mark.parametrize(
