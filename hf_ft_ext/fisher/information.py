@@ -65,10 +65,11 @@ def fisher_information(
     """Sum the squared (or absolute) gradients of each example's loss, for every entry of the parameters.
 
     With `power=2` this is the diagonal of the Fisher information, times the number of examples:
-    `sum_n (d loss_n / d theta)^2` with true labels (the empirical one), and with expected labels
-    `sum_n sum_y p(y | x_n) (d log p(y | x_n) / d theta)^2`. The values equal those of one backward pass per example
-    and do not depend on the batch size. Dropout is off. Each process passes its own part of the data; the sums are
-    over all processes. Mode, gradients and `requires_grad` of the model are restored.
+    `sum_n (d loss_n(y_n) / d theta)^2` with the true labels y_n (the empirical one), and with expected labels
+    `sum_n E_y (d loss_n(y) / d theta)^2`, where y follows the model's own distribution p(y | x_n). The loss is
+    `-log p(y | x_n)` up to a constant; with several labels per row, their mean. The values equal those of one backward
+    pass per example and do not depend on the batch size. Dropout is off. Each process passes its own part of the data;
+    the sums are over all processes. Mode, gradients and `requires_grad` of the model are restored.
 
     Args:
         model: a sequence classifier, a language model or another transformers model that returns a loss (or any
