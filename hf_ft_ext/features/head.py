@@ -64,7 +64,7 @@ class HeadReader:
                     logger.debug("%s does not fit: %s", read.__name__, error)
                     continue
                 scale = _TOLERANCE * max(1.0, float(expected.abs().max()))
-                if expected.dtype != torch.float32:
+                if expected.dtype.itemsize < 4:
                     scale *= 100
                 if found.shape == expected.shape and float((found - expected).abs().max()) <= scale:
                     reader._width = features.shape[-1]  # Reformer's is twice its hidden size

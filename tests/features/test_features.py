@@ -77,6 +77,20 @@ def test_a_model_without_a_base_or_with_another_kind_of_head_has_no_reader():
     assert HeadReader.find(model, batch()) is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_logits_that_differ_by_a_thousandth_have_no_reader(dtype):
+    class Other(type(tiny_model("distilbert"))):
+        def forward(self, input_ids=None, attention_mask=None, **kwargs):
+            output = super().forward(input_ids=input_ids, attention_mask=attention_mask)
+            output.logits = output.logits + 2e-3 * (attention_mask.sum(1, keepdim=True) > 1)
+            return output
+
+    model = tiny_model("distilbert").to(dtype)
+    assert HeadReader.find(model, batch()) is not None
+    model.__class__ = Other
+    assert HeadReader.find(model, batch()) is None
+
+
 def test_features_are_computed_once_and_mapped(tmp_path, monkeypatch):
     model, data = tiny_model().eval(), tiny_dataset(20)
     reader = reader_of(model)
