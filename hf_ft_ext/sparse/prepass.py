@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from hf_ft_ext.training.method_trainer import loss_of_batch
 logger = logging.getLogger(__name__)
 
 _BY_LENGTH = "group_by_length"  # of transformers' train_sampling_strategy
+_NO_ROWS = "the training data yields no rows, but the pre-pass needs some; check it"
 
 
 def for_each_gradient(
@@ -199,6 +200,8 @@ def _own_batches(trainer: Trainer, count: int) -> Iterator[list[dict]]:
 def _examples(trainer: Trainer, steps: int, batch_size: int, draw: int) -> Iterator[list]:
     dataset = trainer.train_dataset
     if hasattr(dataset, "__len__"):
+        if not len(dataset):
+            raise InputError(_NO_ROWS)
         generator = torch.Generator().manual_seed(trainer.args.seed + draw)
         batch_size = min(batch_size, len(dataset))
         if steps * batch_size > len(dataset):
@@ -216,9 +219,20 @@ def _examples(trainer: Trainer, steps: int, batch_size: int, draw: int) -> Itera
         for i in range(steps):
             yield [dataset[row] for row in order[i * batch_size : (i + 1) * batch_size]]
         return
-    stream = itertools.chain.from_iterable(itertools.repeat(dataset))  # a short stream is read again
+    stream = _repeated(dataset)
     for _ in range(steps):
         yield list(itertools.islice(stream, batch_size))
+
+
+def _repeated(stream: Iterable) -> Iterator:
+    """The rows of a stream, read again whenever it ends."""
+    while True:
+        empty = True
+        for row in stream:
+            empty = False
+            yield row
+        if empty:
+            raise InputError(_NO_ROWS)
 
 
 def _longest_first(trainer: Trainer, order: list[int]) -> list[int]:

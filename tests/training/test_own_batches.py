@@ -131,6 +131,18 @@ def test_a_loader_without_batches_is_refused(tmp_path):
         for_each_gradient(trainer, sparse_layers(trainer.model), 1, lambda *_: None, "test")
 
 
+class EmptyStream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(())
+
+
+@pytest.mark.parametrize("dataset", [OTHER.select([]), EmptyStream()])
+def test_training_data_without_rows_is_refused(tmp_path, dataset):
+    trainer = sparse(tmp_path, dataset=dataset)
+    with pytest.raises(InputError, match="the training data yields no rows, but the pre-pass needs some"):
+        for_each_gradient(trainer, sparse_layers(trainer.model), 1, lambda *_: None, "test")
+
+
 def test_a_short_loader_is_read_again(tmp_path):
     loader = own_loader(batch_size=32)
     trainer = sparse(tmp_path, with_loader(SparseTrainer, loader))
