@@ -1,6 +1,7 @@
 """Read JSON files as rows: one object per line, a list of objects, or one object that holds the rows."""
 
 import json
+import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -11,6 +12,7 @@ from hf_ft_ext.data.files.text_files import TextFile, UnreadableFile, text_file
 LIST_OF, NESTED = "list of ", "nested"
 _WIDE = "wide"  # whole numbers that no int64 holds
 _LINES, _OBJECTS, _LIST, _FIELD, _COLUMNS = "lines", "objects", "list", "field", "columns"
+_NO_SPACE = re.compile(r"\S")
 _FIX = 'write one object per line, such as {"text": "good", "label": 0}'
 
 
@@ -129,7 +131,7 @@ def _objects(file: TextFile) -> list[Any]:
     """Return all JSON values of a file, in order."""
     text = "".join(file.lines())
     decoder = json.JSONDecoder(object_pairs_hook=_once)
-    found, position = [], len(text) - len(text.lstrip())
+    found, position = [], _after_space(text, 0)
     while position < len(text):
         try:
             value, end = decoder.raw_decode(text, position)
@@ -137,8 +139,14 @@ def _objects(file: TextFile) -> list[Any]:
             line = text.count("\n", 0, getattr(error, "pos", position)) + 1
             raise UnreadableFile(f"line {line}: {getattr(error, 'msg', error)}", f"correct it; {_FIX}") from None
         found.append(value)
-        position = end + len(text[end:]) - len(text[end:].lstrip())
+        position = _after_space(text, end)
     return found
+
+
+def _after_space(text: str, start: int) -> int:
+    """Return the first position from `start` on that holds no white space, without copying the text."""
+    found = _NO_SPACE.search(text, start)
+    return len(text) if found is None else found.start()
 
 
 def _is_object(line: str) -> bool:
