@@ -263,7 +263,9 @@ def check_probabilities(run_args: RunArguments, trainer: Trainer, metrics: Metri
             f"--prediction_probabilities: the predictions of method {run_args.method} are scores here, not logits of "
             "probabilities; leave it out"
         )
-    if metrics.problem_type == MULTI_LABEL and metrics.thresholds not in (None, 0.5):
+    # An array holds thresholds that were chosen for the scores of the saved result.
+    one_for_all = isinstance(metrics.thresholds, float)
+    if metrics.problem_type == MULTI_LABEL and one_for_all and metrics.thresholds != 0.5:
         raise InputError(
             f"--multi_label_threshold {metrics.thresholds}: the predictions of method {run_args.method} are scores "
             "around 0, not probabilities; pass auto, or leave it out"

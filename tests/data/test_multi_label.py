@@ -246,6 +246,16 @@ def test_a_kernel_has_no_probabilities(files, option, capsys):
     assert "scores" in capsys.readouterr().err
 
 
+def test_a_kernel_keeps_its_chosen_thresholds_of_scores(files):
+    few = ("--max_train_samples", "10", "--max_eval_samples", "4")
+    assert launch("kernel", "--multi_label_threshold", "auto", *few) == 0
+    again = ["--method", "kernel", "--model_name_or_path", "out", "--test_file", "test.jsonl", "--do_predict"]
+    assert run_glue.main([*again, "--max_seq_length", "16", "--use_cpu", "--output_dir", "again"]) == 0
+    first, later = (json.loads(Path(name, "run.json").read_text()) for name in ("out", "again"))
+    assert len(set(first["thresholds"].values())) > 1 and later["thresholds"] == first["thresholds"]
+    assert predictions("again/predictions.tsv") == predictions("out/predictions.tsv")
+
+
 # --- the trainers by themselves -------------------------------------------------------------------------------
 
 
