@@ -237,7 +237,7 @@ def _try_rows(probe: PeftModel) -> None:
                 first = first or error
     if isinstance(first, InputError):
         raise first
-    reason = next(iter(str(first).splitlines()), "") or type(first).__name__
+    reason = "no trial rows fit its inputs" if first is None else first_line(first)
     raise InputError(f"the model does not run with it ({reason})") from first
 
 

@@ -13,7 +13,7 @@ from transformers.trainer_utils import SaveStrategy, SchedulerType
 
 from hf_ft_ext.arguments import PROMPT_DEMO, DataArguments, MethodTrainingArguments, RunArguments
 from hf_ft_ext.data.multi_label import SEPARATOR
-from hf_ft_ext.errors import InputError, did_you_mean
+from hf_ft_ext.errors import InputError, did_you_mean, first_line
 from hf_ft_ext.metrics import MULTI_LABEL, REGRESSION, MetricFunction
 from hf_ft_ext.training.saved.checkpoints import check_fits, steps_done
 from hf_ft_ext.training.weights.devices import refuse_data_parallel
@@ -296,9 +296,8 @@ def check_optimizer(trainer: Trainer) -> None:
     except InputError:
         raise
     except (ValueError, TypeError, KeyError, ImportError, AttributeError, RuntimeError, AssertionError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(
-            f"optimizer or schedule cannot be made ({reason}); check optim={args.optim.value}, "
+            f"optimizer or schedule cannot be made ({first_line(error)}); check optim={args.optim.value}, "
             f"optim_args={args.optim_args}, lr_scheduler_type={args.lr_scheduler_type.value}, "
             f"lr_scheduler_kwargs={args.lr_scheduler_kwargs}"
         ) from error

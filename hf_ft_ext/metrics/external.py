@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from transformers import EvalPrediction
 
-from hf_ft_ext.errors import InputError
+from hf_ft_ext.errors import InputError, first_line
 from hf_ft_ext.metrics.outputs import CLASSIFICATION, MULTI_LABEL, REGRESSION, Outputs, probabilities
 
 External = Callable[[Outputs], dict[str, float]]
@@ -86,10 +86,9 @@ def evaluate_metric(name: str) -> External:
     try:
         metric = evaluate.load(str(Path(name).expanduser()) if "/" in name or name.startswith("~") else name)
     except Exception as error:  # of the Hub, the file system or the script
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(
-            f"unknown metric '{name}': it is not built in, and evaluate cannot load it ({lines[0]}); without a "
-            "network, pass the path of the metric's script"
+            f"unknown metric '{name}': it is not built in, and evaluate cannot load it ({first_line(error)}); without "
+            "a network, pass the path of the metric's script"
         ) from error
     if not hasattr(metric, "compute"):
         raise InputError(f"metric '{name}' of evaluate is a {type(metric).__name__}, not a metric; pass another name")

@@ -10,7 +10,7 @@ from huggingface_hub.errors import GatedRepoError, HFValidationError, Repository
 
 from hf_ft_ext.arguments import ModelArguments
 from hf_ft_ext.demo.encoder import DEMO_HUB_ID, DEMO_NAME
-from hf_ft_ext.errors import InputError
+from hf_ft_ext.errors import InputError, first_line
 
 ADAPTER_NOT_TRAINED = (
     "model {name!r} is a PEFT adapter; pass its base model, or merge the adapter (PeftModel.merge_and_unload) and "
@@ -76,9 +76,8 @@ def loading_errors_as_input_errors(name: str, part: str) -> Iterator[None]:
 
 
 def _reason(name: str, part: str, error: BaseException) -> str:
-    first_line = str(error).strip().split("\n")[0]
     if os.path.isdir(name):
-        return f"cannot load the {part} of model {name!r}: {first_line}; save or download it again"
+        return f"cannot load the {part} of model {name!r}: {first_line(error)}; save or download it again"
     chain = []
     link: BaseException | None = error
     while link is not None:
@@ -95,5 +94,5 @@ def _reason(name: str, part: str, error: BaseException) -> str:
     return (
         f"cannot load the {part} of model {name!r}: there is no such local folder, and it could not be "
         f"downloaded from the Hub (no network, offline mode, or no such model); pass a local folder. "
-        f"The library reports: {first_line}"
+        f"The library reports: {first_line(error)}"
     )

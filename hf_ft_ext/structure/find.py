@@ -6,7 +6,7 @@ from weakref import WeakKeyDictionary
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from hf_ft_ext.errors import InputError
+from hf_ft_ext.errors import InputError, first_line
 from hf_ft_ext.structure.heads import head_modules
 from hf_ft_ext.structure.layers import find_layers
 from hf_ft_ext.structure.parts import Structure
@@ -78,7 +78,7 @@ def _trace(model: nn.Module) -> Trace:
                 return run(trial_copy(model), batch, plain_name)
             except Exception as error:  # a model may raise anything on inputs that it does not support
                 first = first or error
-    reason = next(iter(str(first).strip().splitlines()), "") or type(first).__name__
+    reason = "none fit its inputs" if first is None else first_line(first)
     raise InputError(
         f"the parts of {type(model).__name__} cannot be found: it does not run on trial rows ({reason}); "
         "pass the names of the layers (sparse_target_modules, lora_target_modules, target_modules)"
