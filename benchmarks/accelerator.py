@@ -92,7 +92,7 @@ def seconds_of(run: Callable[[], object], device: torch.device, repeats: int, wa
 
 
 def build(size: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A sequence classifier with random weights, without dropout where the steps are to be compared."""
+    """A sequence classifier with random weights, the same in every call."""
     kind, options, _ = SIZES[size]
     torch.manual_seed(0)
     return AutoModelForSequenceClassification.from_config(AutoConfig.for_model(kind, **options), dtype=dtype).to(

@@ -6,7 +6,7 @@
     python benchmarks/kernel_analysis.py compare runs/few-sst2 --names prompt-sgd prompt-kernel-sgd
     python benchmarks/kernel_analysis.py agreement runs/few-sst2 --names prompt-sgd prompt-adam prompt-kernel-sgd
 
-`heatmap` takes a kernel file of the authors' form (`--export_kernels` writes it, and theirs work). `linearization`
+`heatmap` takes a kernel file of the authors' form, written by `--export_kernels` or by their code. `linearization`
 asks whether the first-order expansion at the start explains a fine-tuned model; the start is what a kernel run saves,
 and what follows `--` names the data as for `run_glue.py`. `compare` and `agreement` read the
 run folders `<name>-<seed>` of a study (`benchmarks/quality.py --few_shot`): test scores, and how often two variants

@@ -11,14 +11,14 @@ list of learning rates as `learning_rate`; arguments under `all` go to every var
 those under `tasks` to the runs of that task, unless the variant sets them.
 For each variant every learning rate (unless there is one only) is tried for `--tune_epochs` (or `--tune_steps`) with
 the first seed; the best one by the task's primary metric on the validation set (ties: by its loss) is then run for
-`--epochs` with every seed. A variant with `max_steps` takes as many in both; one without a learning rate has nothing
-to try.
+`--epochs` with every seed. A variant with `max_steps` takes this number of steps in the trials and in the final runs;
+one without a learning rate has nothing to try.
 
     python benchmarks/quality.py benchmarks/studies/kernel.yaml --few_shot --output_dir runs/few --task_name sst2 \
         --seeds 13 21 42 87 100 -- --dataset_name path/to/glue --num_k 16 --few_shot_split k-shot-1k-test
 
-With `--few_shot` a seed draws the data too, every learning rate is run in full with every seed, the run that is best
-on the dev split counts, and what counts of it is the test score.
+With `--few_shot` a seed also draws the data, and every learning rate is run in full with every seed. Of the runs of a
+seed, the one that is best on the dev split counts, with its score on the test split.
 
 Every variant has one seed before any has two. Each run is a process of its own, `--workers` of them at a time with
 their share of the threads. Runs that are there already (with the same command) are not repeated, so an interrupted

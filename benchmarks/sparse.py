@@ -11,8 +11,9 @@ of optimizer state, of gradients and of what autograd saves for the backward pas
 are random: neither changes the cost. The table goes to standard output. With `--save`, ratios to LoRA go to
 `results/sparse_step.json` and that of pre-passes to `results/sparse_prepass.json`, for the tables of docs/sparse.md.
 
-`adapter`: the PEFT adapter of `--method sparse`, a basis per layer. `adapter-product` and `adapter-weight` meet the
-change of a weight in one way alone. `structured-head`: the same block in a converted layer, folded into the weight.
+`adapter`: the PEFT adapter of `--method sparse`, a basis per layer. It adds the change of a weight either to the
+product or to the weight, whichever costs less; `adapter-product` and `adapter-weight` always take one of the two ways.
+`structured-head`: the same block in a converted layer, folded into the weight.
 `prepass-layer`, `prepass-kind`: the gradient pre-pass of the adapter; its "step" is one of `--gradients` gradients,
 with its share of the decomposition at the end, and its "state" the columns that are kept.
 

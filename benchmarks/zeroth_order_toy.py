@@ -4,7 +4,7 @@
 
 A quadratic (200 dimensions, condition 1,000) and a logistic regression (100 dimensions, 400 rows). For each rule the
 objective above its least value after `--evaluations` losses, mean of `--seeds`, at the best of the rates and of two
-schedules: constant, and falling to nothing. The rates are powers of ten, then halfway between around the best one,
+schedules: constant, and falling to 0. The rates are powers of ten, then halfway between around the best one,
 twice. Rows go to `results/zeroth-order-toy.json` as each rule ends (see `results.py`).
 """
 

@@ -10,7 +10,10 @@ from hf_ft_ext.errors import InputError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the comparison; return 0 if no run failed (the time limit may skip some), 1 if one did, 2 for bad input."""
+    """Run the comparison; return its exit status.
+
+    0 = no run failed (the time limit may have skipped some), 1 = one did, 2 = bad input, 130 = interrupted.
+    """
     logging.basicConfig(format="%(message)s")
     logging.getLogger("hf_ft_ext.compare").setLevel(logging.INFO)
     start = time.monotonic()

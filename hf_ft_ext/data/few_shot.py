@@ -30,7 +30,7 @@ def few_shot_data(
     allow_small_classes: bool = False,
     keep_test: bool = False,
 ) -> TaskData:
-    """Return the k-shot form of `data`: `train` and `validation["dev"]` drawn from its training split, and a test.
+    """Return few-shot splits: `train` and `validation["dev"]`, drawn from the training split, and a test split.
 
     Train takes the first `k` rows of each class in the order of `draw_order(seed)`, dev the next `k` (or `10 k`). The
     rows of both stay in that order. A regression has two classes: the lower and the upper half of its scale. The test
