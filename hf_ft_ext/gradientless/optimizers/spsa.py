@@ -140,8 +140,9 @@ class SPSA(GradientFreeOptimizer):
 
     def evaluations_per_step(self) -> int:
         """Largest number of losses that one step evaluates."""
-        known = self.estimate.kind == ONE_SIDED  # the loss of "stay" is one of the estimate's
-        return self.estimate.evaluations() + ((2 if known else 3) if self.update == CONSERVATIVE else 0)
+        # of theta - lr G and theta + lr G, and of theta unless the estimate evaluates it
+        compared = 2 if self.estimate.kind == ONE_SIDED else 3
+        return self.estimate.evaluations() + (compared if self.update == CONSERVATIVE else 0)
 
     # --- a step ------------------------------------------------------------------------------------
 
@@ -163,7 +164,8 @@ class SPSA(GradientFreeOptimizer):
         if self.steps == 1:
             with self.perturbed_forward.watched() as reads:
                 mean, slopes, here = self._estimated(draws, closure, evaluate)
-            if self._look_elsewhere(reads):  # again, with these tensors perturbed where they are read
+            # If other modules read a tensor too, these losses lack its perturbation there: compute them again with it.
+            if self._look_elsewhere(reads):
                 mean, slopes, here = self._estimated(draws, closure, evaluate)
         else:
             mean, slopes, here = self._estimated(draws, closure, evaluate)
@@ -205,19 +207,19 @@ class SPSA(GradientFreeOptimizer):
         return bool(found)
 
     def _note_first_reads(self, unread: set[int]) -> None:
-        """Note which of the `unread` tensors were read in this step; they are updated from now on."""
+        """Note which of the tensors that were `unread` before this step it has read; they are updated from now on."""
         if not unread:
             return
-        now = self.perturbed_forward
-        read = self.exchange.union(unread - now.unread, len(self.searched))
-        now.unread = unread - read
+        forward = self.perturbed_forward
+        read = self.exchange.union(unread - forward.unread, len(self.searched))
+        forward.unread = unread - read
         if self.steps > 1:
             self.weight_updates.first_steps.update(dict.fromkeys(read, self.steps))
-        elif now.unread:
-            now.check_unread()
+        elif forward.unread:
+            forward.check_unread()
             logger.warning(
                 "%d searched tensors are read by no forward pass, so they are not searched; leave them out",
-                len(now.unread),
+                len(forward.unread),
             )
 
     def _number(self, value: Any) -> float:
