@@ -59,7 +59,8 @@ def heatmap(args: argparse.Namespace) -> None:
 def compare_linearization(args: argparse.Namespace) -> None:
     """Change of each logit against what the expansion says."""
     (start, trainer, data), (trained, _, _) = (loaded(folder, args.passed_on) for folder in (args.start, args.trained))
-    split = next(iter((data.test or data.validation).values())).select(range(args.rows))
+    rows = next(iter((data.test or data.validation).values()))
+    split = rows.select(range(min(args.rows, len(rows))))
     pairs = [
         linearization(start, trained, batch) for batch in batches_in_order(*data_and_collator(trainer, split), 16)
     ]
@@ -122,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif name == "linearization":
             command.add_argument("--start", required=True, help="the model that training started from: its folder")
             command.add_argument("--trained", required=True, help="the fine-tuned model's folder")
-            command.add_argument("--rows", type=int, default=64)
+            command.add_argument("--rows", type=int, default=64, help="the first n rows of test or validation data")
         else:
             command.add_argument("folder", help="a study's folder")
             command.add_argument("--names", nargs="+", required=True, metavar="VARIANT")

@@ -97,6 +97,9 @@ def own_steps(trainer: Trainer, count: int) -> Iterator[list[tuple[dict, float]]
     loader or sampler was overridden, each process reads its own loader. The gradient of the mean loss over all labels
     of a step is the sum of the weighted gradients here, averaged over the processes. No global random generator is
     used.
+
+    Raises:
+        InputError: there is no training data.
     """
     processes = trainer.args.world_size
     for batches in _own_batches(trainer, count):

@@ -22,6 +22,8 @@ _SCORES = ("accuracy", "f1", "matthews_correlation", "pearson")
 def by_class(kernel: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Sum a kernel `[N, C, N, C]` over equal scalars, scale its diagonal to 1, and sort its rows by class.
 
+    An example without gradients, whose diagonal entry is 0, gives a row and a column of NaN.
+
     Returns:
         `[N, N]` in the order of the labels, and the sorted labels.
     """
@@ -33,7 +35,7 @@ def by_class(kernel: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def class_contrast(matrix: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    """Mean off-diagonal entry of a kernel within classes, and between classes."""
+    """Mean off-diagonal entry of a kernel within classes, and between classes; NaN where no two examples are so."""
     same = labels[:, None] == labels
     off = ~np.eye(len(labels), dtype=bool)
     return float(matrix[same & off].mean()), float(matrix[~same].mean())
@@ -84,7 +86,7 @@ def linearization(
 
 
 def linearization_error(change: np.ndarray, slope: np.ndarray) -> float:
-    """Mean squared difference relative to the mean squared change; 0 means that training was linear."""
+    """Mean squared difference relative to the mean squared change: 0 if training was linear, NaN without a change."""
     return float(np.mean((change - slope) ** 2) / np.mean(change**2))
 
 
