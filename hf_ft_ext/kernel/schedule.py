@@ -10,10 +10,10 @@ from pathlib import Path
 
 import psutil
 import torch
-from torch import nn
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.kernel.rows import ExampleRows
+from hf_ft_ext.per_example.saved import saved_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -135,24 +135,6 @@ def memory_bound(memory_gb: float | None, device: torch.device, processes: int =
 def batch_overhead(device: torch.device) -> int:
     """Fixed cost of a batch, in tokens (see `ExampleRows.by_length`)."""
     return _CPU_BATCH if device.type == "cpu" else _OTHER_BATCH
-
-
-@contextlib.contextmanager
-def saved_bytes(model: nn.Module) -> Iterator[dict[int, int]]:
-    """Record the sizes of tensors that autograd saves for the backward pass, by address, except weights."""
-    saved: dict[int, int] = {}
-    weights: set[int] = set()
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if not weights:  # not earlier: the engine may convert the weights inside the block
-            weights.update(p.untyped_storage().data_ptr() for p in model.parameters())
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield saved
 
 
 def longest_row(rows: ExampleRows) -> int:

@@ -34,10 +34,11 @@ from tqdm.auto import tqdm
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.kernel.engines.projection import Projection, shared_activations
 from hf_ft_ext.kernel.rows import ExampleRows
-from hf_ft_ext.kernel.schedule import batch_overhead, longest_row, memory_bound, refuse_too_little, saved_bytes
+from hf_ft_ext.kernel.schedule import batch_overhead, longest_row, memory_bound, refuse_too_little
 from hf_ft_ext.kernel.store import FeatureStore
 from hf_ft_ext.per_example.capture import Function
 from hf_ft_ext.per_example.gradients import ExampleGradients, Part
+from hf_ft_ext.per_example.saved import saved_bytes
 from hf_ft_ext.per_example.state import computing_in, evaluating
 from hf_ft_ext.per_example.types import Gradient, dense
 

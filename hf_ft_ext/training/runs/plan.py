@@ -9,6 +9,7 @@ from torch import nn
 from transformers import Trainer
 
 from hf_ft_ext.adapters.layers import fold_layer_numbers
+from hf_ft_ext.per_example.saved import saved_bytes
 from hf_ft_ext.training.method_trainer import loss_of_batch
 from hf_ft_ext.training.weights.sharding import entries, whole_shape
 
@@ -148,25 +149,16 @@ def saved_activation_bytes(trainer: Trainer, batch: dict) -> int:
 
     A trainer that prepares its model only during training defines a context manager `planning()`, which is entered.
     """
-    known = {p.untyped_storage().data_ptr() for p in trainer.model.parameters()}
-    storages: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     modes = [(module, module.training) for module in trainer.model.modules()]
     trainer.model.train()
     try:
         with (
             getattr(trainer, "planning", contextlib.nullcontext)(),
-            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+            saved_bytes(trainer.model) as saved,
             trainer.compute_loss_context_manager(),
         ):
             loss_of_batch(trainer, trainer.model, trainer._prepare_inputs(batch))
     finally:
         for module, training in modes:
             module.training = training
-    return sum(storages.values())
+    return sum(saved.values())
