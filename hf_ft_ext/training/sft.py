@@ -124,7 +124,7 @@ def check_packing(trainer: Any) -> None:
             alone = model(input_ids=batch["input_ids"][:, begin:end], use_cache=False).logits[0].float()
         except (ValueError, NotImplementedError) as error:  # Mamba2 without its kernels
             raise InputError(f"packing: {name} cannot read packed rows ({first_line(error)}); {advice}") from error
-    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1  # of the largest logit
+    tolerance = 0.1 if model.dtype.itemsize < 4 else 1e-3  # of the largest logit
     if bool((together - alone).abs().max() > tolerance * alone.abs().max()):
         raise InputError(f"packing: rows in one sequence of {name} read each other; {advice}")
 
@@ -174,7 +174,7 @@ def _fused_head_fits(base: Any, routers: bool) -> bool:
             found = base.forward(input_ids=ids, labels=ids, fused_lm_head=True, use_cache=False, **more)
         except AttributeError:  # trl looks for experts and hidden states under names that GraniteMoe and Llama 4 lack
             return False
-    tolerance = 5e-5 if base.dtype == torch.float32 else 0.1  # of the largest log probability
+    tolerance = 0.1 if base.dtype.itemsize < 4 else 5e-5  # of the largest log probability
     difference = (found.log_probs.float() - wanted).abs().max()
     return bool(difference <= tolerance * wanted.abs().max())
 

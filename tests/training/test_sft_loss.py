@@ -9,8 +9,10 @@ from datasets import Dataset
 from decoders import DECODERS, OTHER_DECODERS, TOKENIZER_OF, subword_tokenizer
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_outputs import CausalLMOutput
 
 from hf_ft_ext import FullTrainer, FullTrainingArguments, GradientlessTrainer, InputError, LoraTrainer, SparseTrainer
+from hf_ft_ext.training.sft import _from_logits, _fused_head_fits
 
 trl = pytest.importorskip("trl")
 TEXTS = ["a film with a great plot", "we hated the dull scene, but not the ending!", "it was", "in paris we liked it"]
@@ -135,3 +137,24 @@ def test_packed_rows_that_read_each_other_are_refused(tmp_path, family):
         return
     with pytest.raises(InputError, match=re.escape("packing: rows in one sequence of OPTForCausalLM read each other")):
         sft(FullTrainer, model, tokenizer, tmp_path, {}, packing=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_fused_head_that_is_a_hundredth_off_is_not_used(dtype):
+    class Head(torch.nn.Module):
+        def __init__(self, error):
+            super().__init__()
+            self.table, self.error = torch.nn.Embedding(20, 20, dtype=dtype), error
+            self.dtype = dtype
+
+        def get_input_embeddings(self):
+            return self.table
+
+        def forward(self, input_ids, labels=None, fused_lm_head=False, use_cache=None):
+            logits = self.table(input_ids)
+            if labels is None:
+                return CausalLMOutput(logits=logits)
+            return _from_logits(CausalLMOutput(logits=(1 + self.error) * logits), labels[:, 1:])
+
+    assert _fused_head_fits(Head(0.0), routers=False)
+    assert not _fused_head_fits(Head(0.01), routers=False)
