@@ -310,7 +310,7 @@ def _splits(args: TrainingArguments, data: TaskData | LanguageData) -> dict[str,
 
 
 def _label_names(config: Any) -> list[str] | None:
-    if config.problem_type == "regression":
+    if config.problem_type == REGRESSION:
         return None
     return [str(config.id2label[i]) for i in range(config.num_labels)]
 

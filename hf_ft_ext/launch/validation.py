@@ -19,6 +19,10 @@ from hf_ft_ext.training.saved.checkpoints import check_fits, steps_done
 from hf_ft_ext.training.weights.devices import refuse_data_parallel
 from hf_ft_ext.training.weights.sharding import refuse_sharding_on_cpu
 
+logger = logging.getLogger(__name__)
+
+STEPS = ("do_train", "do_eval", "do_predict")
+_IN_ORDER = ("random", "sequential")  # values of train_sampling_strategy that a stream allows
 _MANY = math.inf
 _SEEDS = 2**32 - 1  # the largest seed that numpy accepts
 # name -> lowest, highest, whether the highest itself is allowed
@@ -64,10 +68,12 @@ def check_ranges(given: dict[str, Any]) -> None:
         raise InputError(f"max_steps={steps} cannot work: pass 1 or more, or leave it out and set num_train_epochs")
 
 
-STEPS = ("do_train", "do_eval", "do_predict")
-
-
 def check_together(run_args: RunArguments, training_args: MethodTrainingArguments) -> None:
+    """Refuse options of the run and of training that contradict each other; `false` and `none` resume nothing.
+
+    Raises:
+        InputError: there are such options.
+    """
     refuse_sharding_on_cpu(training_args)
     refuse_data_parallel(training_args)
     if not any(getattr(training_args, step) for step in STEPS):
@@ -116,9 +122,6 @@ def check_together(run_args: RunArguments, training_args: MethodTrainingArgument
         raise InputError("--hp_search trains; add --do_train")
 
 
-_IN_ORDER = ("random", "sequential")
-
-
 def check_streaming(run_args: RunArguments, data_args: DataArguments, args: MethodTrainingArguments) -> None:
     """Check that a run can read its training rows as a stream.
 
@@ -151,9 +154,6 @@ def check_streaming(run_args: RunArguments, data_args: DataArguments, args: Meth
         )
     if data_args.stream_buffer < 1:
         raise InputError(f"stream_buffer={data_args.stream_buffer} holds no row; pass 1 or more")
-
-
-logger = logging.getLogger(__name__)
 
 
 def check_splits(run_args: RunArguments, args: TrainingArguments, data) -> None:
