@@ -380,3 +380,19 @@ def test_other_bad_input(caplog):
         two.load_state_dict(state)
     with pytest.raises(ValueError, match="is not a state of DirectSearch"):
         two.load_state_dict(torch.optim.SGD(model.parameters()).state_dict())
+
+
+def test_a_tensor_does_not_move_to_an_option_whose_own_loss_is_not_finite():
+    first, second = (nn.Parameter(torch.zeros(1, dtype=torch.float64)) for _ in range(2))
+    search, option = DirectSearch([first, second], lr=1.0, options="2x1", num_candidates=8), None
+
+    @torch.no_grad()
+    def closure():
+        x = float(first)
+        if x == 0 or option is None:  # nothing is better at first, so the option is the best change
+            return 1.0 if x == 0 else 1 + abs(abs(x) - 0.5)
+        return math.nan if x == option else -1 / (1 + abs(x - option))  # all others are better in the second step
+
+    search.step(closure)
+    option = float(search.blocks[0].tree.levels[0][1])
+    assert search.step(closure) == 1 and math.isfinite(closure()) and search.rejected

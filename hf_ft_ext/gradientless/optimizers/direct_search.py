@@ -157,6 +157,10 @@ class DirectSearch(GradientFreeOptimizer):
         if loss is None:
             loss, shift = self._checked_current(losses[0]), 1
         objective = objective[shift:]
+        if block.tree is not None and len(block.tree.levels) == 1:
+            # The tensor moves to the option, its leaf: none of its candidates counts if its own loss is not finite.
+            by_leaf = objective.view(block.tree.n_leaves, -1)
+            by_leaf[by_leaf[:, 0].isinf()] = math.inf
         best = int(objective.argmin())
         improves = float(objective[best]) < loss + penalty
         if block.tree is None:
@@ -202,7 +206,7 @@ class DirectSearch(GradientFreeOptimizer):
         tree.advance(first, children)
         if moves:
             report_accepted(evaluate, row)
-            loss = float(losses[row]) if is_leaf and math.isfinite(losses[row]) else None
+            loss = float(losses[row]) if is_leaf else None
         return loss
 
     def _own_state(self) -> dict:
