@@ -280,7 +280,10 @@ class DataArguments(LanguageArguments, FewShotArguments):
     stream_buffer: int = field(default=10000, metadata={"help": "Rows in the buffer that shuffles a stream."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only n training rows; see `sample`."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use only n validation rows; see `sample`."})
-    max_predict_samples: int | None = field(default=None, metadata={"help": "Use only the first n test rows."})
+    max_predict_samples: int | None = field(
+        default=None,
+        metadata={"help": "Use only the first n test rows; with few_shot_split=k-shot-1k-test, n drawn ones."},
+    )
     sample: str = field(
         default="first",
         metadata={

@@ -29,6 +29,7 @@ def few_shot_data(
     split: str = "k-shot",
     allow_small_classes: bool = False,
     keep_test: bool = False,
+    max_test_rows: int | None = None,
 ) -> TaskData:
     """Return few-shot splits: `train` and `validation["dev"]`, drawn from the training split, and a test split.
 
@@ -44,6 +45,7 @@ def few_shot_data(
         split: `k-shot`, `k-shot-10x` or `k-shot-1k-test`.
         allow_small_classes: let a class with too few rows contribute all that it has, training first.
         keep_test: keep the test splits of `data`, labelled or not.
+        max_test_rows: `k-shot-1k-test` draws at most this many test rows; `None` = 1,000.
 
     Raises:
         InputError: no labelled training split, or a stream; `k` below 1, or a class with too few rows (the message
@@ -93,7 +95,8 @@ def few_shot_data(
         logger.warning("num_k=%d uses every row for training: none is left to evaluate on", k)
     test = dict(data.test) if keep_test and data.test else _test_splits(data)
     if split == "k-shot-1k-test":
-        test = {name: rows.select(draw_order(range(len(rows)), _TEST_SEED)[:TEST_ROWS]) for name, rows in test.items()}
+        most = min(TEST_ROWS, max_test_rows or TEST_ROWS)
+        test = {name: _drawn_test(rows, most) for name, rows in test.items()}
     return replace(
         data,
         train=train.select(in_train),
@@ -191,6 +194,11 @@ def _test_splits(data: TaskData) -> dict[str, Dataset]:
     if validation_is_test(data):
         return dict(data.validation)
     return _labelled_test(data) or dict(data.test)
+
+
+def _drawn_test(rows: Dataset, most: int) -> Dataset:
+    """Return at most `most` rows, the same for every seed, in their own order: predictions name rows by number."""
+    return rows.select(np.sort(draw_order(range(len(rows)), _TEST_SEED)[:most])) if len(rows) > most else rows
 
 
 def _labelled_test(data: TaskData) -> dict[str, Dataset]:

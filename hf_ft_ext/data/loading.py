@@ -162,7 +162,7 @@ def load_data(
                 "split is --test_file"
             )
         few = (data_args.num_k, data_seed, data_args.few_shot_split, data_args.allow_small_classes)
-        data = few_shot_data(data, *few, keep_test=keep_test)
+        data = few_shot_data(data, *few, keep_test=keep_test, max_test_rows=data_args.max_predict_samples)
     elif not files and not data.validation:
         data.validation = {name: rows for name, rows in data.test.items() if LABEL in rows.column_names}
         if data.validation:

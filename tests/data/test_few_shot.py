@@ -107,7 +107,16 @@ def test_a_thousand_test_rows_are_the_same_for_every_data_seed(load):
     splits = {"train": LABELS, "test": [0, 1] * 600}
     cut = [load(splits, num_k=2, data_seed=seed, few_shot_split="k-shot-1k-test").test["test"] for seed in (13, 21)]
     assert len(cut[0]) == 1000 and texts(cut[0]) == texts(cut[1])
-    assert texts(cut[0])[:5] != [f"row {i}" for i in range(5)]
+    numbers = [int(text.removeprefix("row ")) for text in texts(cut[0])]
+    assert numbers == sorted(numbers) and numbers[-1] >= 1000  # drawn from all rows, in the order of the file
+
+
+def test_fewer_than_a_thousand_test_rows_keep_their_order(load):
+    splits, options = {"train": LABELS, "test": [0, 1] * 20}, {"num_k": 2, "few_shot_split": "k-shot-1k-test"}
+    rows = [f"row {i}" for i in range(40)]
+    assert texts(load(splits, **options).test["test"]) == rows
+    some = texts(load(splits, **options, max_predict_samples=10).test["test"])  # drawn from all, not the first ones
+    assert len(some) == 10 and some == [row for row in rows if row in some] != rows[:10]
 
 
 def test_a_regression_is_drawn_from_both_halves_of_its_scale(load):
