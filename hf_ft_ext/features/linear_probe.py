@@ -126,11 +126,14 @@ def fit_linear_head(
 def prepare_linear_head(model: nn.Module) -> None:
     """Give a prompt model the separate layer for a linear head; other models have one already.
 
+    A calibration is dropped: it was measured on the label words' rows, which the fit replaces.
+
     Call it for a model that gets the weights of its head from elsewhere, such as a checkpoint.
     """
     if is_prompt_model(model):
         _check_words(model.config)
         model.untie_label_words()
+        model.config.word_bias = None
         _mark_untrained(model, model.decoder_path)
 
 

@@ -99,6 +99,7 @@ def load(
     def load_model() -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
         tokenizer, model = load_tokenizer_and_model(model_args, data, seed=args.seed, data_args=data_args, args=args)
         if data_args.calibrate:
+            _check_calibration(run_args, args)
             if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
                 raise InputError(
                     "--calibrate runs the language model without the virtual tokens of this adapter; calibrate when "
@@ -211,6 +212,22 @@ def _saved_thresholds(config: Any, data_args: DataArguments, args: MethodTrainin
         return None
     logger.info("The model's own thresholds are used: %s.", ", ".join(f"{value:.3g}" for value in kept[:10]))
     return np.array(kept)
+
+
+def _check_calibration(run_args: RunArguments, args: MethodTrainingArguments) -> None:
+    """Raise an `InputError` if the run replaces or does not read the logits that `calibrate` corrects."""
+    if not args.do_train:
+        return
+    if run_args.from_linearhead or run_args.method == "linearhead":
+        raise InputError(
+            "--calibrate corrects the logits of the language model's own label words, and a linear head is fitted in "
+            "their place; leave one of the two out"
+        )
+    if not getattr(args, "adjust_for_init", True):
+        raise InputError(
+            f"--calibrate shifts the model's own outputs, which method {run_args.method} does not read without "
+            "adjust_for_init; pass --adjust_for_init too, or leave --calibrate out"
+        )
 
 
 def _start_from_linear_head(run_args: RunArguments, args: MethodTrainingArguments, model, data: TaskData, tokenizer):

@@ -215,3 +215,35 @@ def test_rows_tokenised_without_the_template_are_refused(tmp_path):
     trainer = Trainer(model, args, train_dataset=tiny_dataset(8), processing_class=tiny_tokenizer())
     with pytest.raises(ValueError, match="has 0 mask tokens, but a prompt model reads one"):
         trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--method", "linearhead"), "a linear head is fitted in their place; leave one of the two out"),
+        (
+            ("--method", "lora", "--from_linearhead"),
+            "a linear head is fitted in their place; leave one of the two out",
+        ),
+        (("--method", "kernel"), "method kernel does not read without adjust_for_init; pass --adjust_for_init too"),
+    ],
+)
+def test_a_calibration_of_logits_that_nothing_reads_is_refused(launch, capsys, words, message):
+    assert launch(*words, "--calibrate", "--output_dir", "out") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_linear_head_replaces_the_calibration_of_a_saved_model(launch):
+    assert launch("--method", "linearhead", "--do_eval", "--calibrate", "--output_dir", "zero-shot") == 0
+    model = PromptForSequenceClassification.from_language_model(
+        "mlm", tiny_tokenizer(), TEMPLATE, ["bad", "good"], ["0", "1"]
+    )
+    model.calibrate(torch.tensor([[2, 40, 12, 4, 44, 3]]))
+    assert model.config.word_bias is not None
+    model.save_pretrained("calibrated")
+    tiny_tokenizer().save_pretrained("calibrated")
+    fit = ("--method", "linearhead", "--feature_cache_gb", "0", "--do_train", "--do_eval")
+    for name in ("mlm", "calibrated"):
+        assert launch(*fit, "--model_name_or_path", name, "--output_dir", name + "-head") == 0
+    plain, calibrated = (json.loads(Path(f"{name}-head/run.json").read_text()) for name in ("mlm", "calibrated"))
+    assert calibrated["metrics"]["eval_loss"] == pytest.approx(plain["metrics"]["eval_loss"], rel=1e-4)
