@@ -331,6 +331,13 @@ class FisherTrainer(StopAtNaN, MethodTrainer):
                 weights.append(TrainedWeight.dense(name, p))
         return weights
 
+    def model_weights(self) -> list[torch.Tensor]:
+        """The weights of the model: with a mask they are buffers, and the chosen entries are not counted again."""
+        chosen = entries_of(self.model)
+        values = {id(entries.values) for entries in chosen.values()}
+        weights = [self.model.get_buffer(name) for name in chosen]
+        return [*(p for p in self.model.parameters() if id(p) not in values), *weights]
+
     @contextmanager
     def planning(self) -> Iterator[None]:
         self.prepare()

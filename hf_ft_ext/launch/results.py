@@ -29,11 +29,10 @@ from hf_ft_ext.launch.language import LanguageRun, loading_class, write_predicti
 from hf_ft_ext.metrics import MULTI_LABEL, REGRESSION, MetricFunction, best_thresholds, probabilities
 from hf_ft_ext.models import model_label, model_source
 from hf_ft_ext.prompts.model import is_prompt_model
-from hf_ft_ext.training.runs.plan import align, trained_weights
+from hf_ft_ext.training.runs.plan import align, total_parameters, trained_weights
 from hf_ft_ext.training.runs.record import RUN_RECORD, write_run_record
 from hf_ft_ext.training.runs.resources import find_monitor
 from hf_ft_ext.training.sharing.privacy import hide_tokens, is_secret, without_secrets
-from hf_ft_ext.training.weights.sharding import entries
 
 logger = logging.getLogger(__name__)
 
@@ -191,7 +190,7 @@ def record_run(
         command=without_secrets(command),
         monitor=find_monitor(trainer),
         trainable_parameters=sum(weight.trained for weight in trained_weights(trainer)),
-        total_parameters=sum(entries(parameter) for parameter in trainer.model.parameters()),
+        total_parameters=total_parameters(trainer),
         arguments=recorded_arguments(run_args.given),
         labels=None if language is not None else _label_names(trainer.model.config),
         task_type=run_args.task_type,

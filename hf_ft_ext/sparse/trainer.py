@@ -234,6 +234,11 @@ class SparseTrainer(StopAtNaN, MethodTrainer):
             for layer in waiting:
                 layer.support = None
 
+    def model_weights(self) -> list[torch.Tensor]:
+        """Return the weights of the model, without the values that a fixed support keeps beside its weight."""
+        values = {id(layer.values) for layer in sparse_layers(self.model).values()}
+        return [p for p in self.model.parameters() if id(p) not in values]
+
     def trained_weights(self) -> list[TrainedWeight]:
         """Return what training changes: updated entries of converted weights, and all other trained parameters."""
         if has_sparse_grad(self.model):

@@ -116,6 +116,22 @@ def trained_weights(trainer: Trainer) -> list[TrainedWeight]:
     return [TrainedWeight.dense(name, p) for name, p in trainer.model.named_parameters() if p.requires_grad]
 
 
+def model_weights(trainer: Trainer) -> list[torch.Tensor]:
+    """All weights of the model.
+
+    A trainer whose parameters are some entries of a weight, beside that weight, defines a method `model_weights()`,
+    which is called. For all others it is every parameter.
+    """
+    if hasattr(trainer, "model_weights"):
+        return trainer.model_weights()
+    return list(trainer.model.parameters())
+
+
+def total_parameters(trainer: Trainer) -> int:
+    """Number of entries of all weights of the model."""
+    return sum(entries(weight) for weight in model_weights(trainer))
+
+
 def training_plan(trainer: Trainer, measure_activations: bool = True) -> TrainingPlan:
     """Compute the plan of `trainer.train()` without training; model and torch's random state stay unchanged.
 
@@ -134,10 +150,11 @@ def training_plan(trainer: Trainer, measure_activations: bool = True) -> Trainin
             with torch.random.fork_rng():
                 batch = next(iter(dataloader))
                 activation_bytes = saved_activation_bytes(trainer, batch)
+    held = {id(weight): weight for weight in (*model.parameters(), *model_weights(trainer))}
     return TrainingPlan(
         weights=trained_weights(trainer),
-        total_parameters=sum(entries(p) for p in model.parameters()),
-        weight_bytes=sum(entries(p) * p.element_size() for p in model.parameters()),
+        total_parameters=total_parameters(trainer),
+        weight_bytes=sum(entries(weight) * weight.element_size() for weight in held.values()),
         activation_bytes=activation_bytes,
         steps=steps,
         batch_size=trainer.get_total_train_batch_size(args),

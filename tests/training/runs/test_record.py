@@ -9,6 +9,7 @@ import torch
 from tiny import tiny_dataset, tiny_model, tiny_tokenizer
 from transformers import Trainer, TrainingArguments
 
+from hf_ft_ext import FisherTrainer, SparseTrainer
 from hf_ft_ext.files import write_json, write_text
 from hf_ft_ext.training.runs.plan import fold_layer_numbers, training_plan
 from hf_ft_ext.training.runs.record import artefact_bytes, write_run_record
@@ -85,3 +86,23 @@ def test_plan_counts_parameters_steps_and_memory(tmp_path):
     table = plan.table()
     assert "bert.encoder.layer.*.output.dense.weight" in table and f"trainable: {trainable:,} of" in table
     assert "steps: 12 of 8 examples" in table
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (FisherTrainer, {"fisher_mode": "mask", "fisher_keep_ratio": 0.1, "fisher_examples": 4}),
+        (FisherTrainer, {"fisher_mode": "mask", "fisher_mask": "bias"}),
+        (SparseTrainer, {"sparse_support": "static", "sparse_basis_steps": 1}),
+        (SparseTrainer, {"sparse_train_rest": "all", "sparse_basis_steps": 1}),
+        (SparseTrainer, {"sparse_support": "dynamic", "sparse_basis_steps": 1}),
+    ],
+)
+def test_chosen_entries_of_weights_count_once(tmp_path, kind, settings):
+    """The values that train stand for entries of weights, which are buffers or lie beside them."""
+    model = tiny_model()
+    entries = sum(p.numel() for p in model.parameters())
+    args = kind.arguments_class(str(tmp_path), report_to="none", use_cpu=True, **settings)
+    plan = training_plan(kind(model, args, train_dataset=tiny_dataset(8), processing_class=tiny_tokenizer()))
+    assert plan.total_parameters == entries and plan.trainable < entries
+    assert plan.memory["weights"] >= 4 * entries  # in float32
