@@ -110,16 +110,32 @@ def check_together(args: SearchArguments) -> None:
         _check_matrix(args)
     if args.search_momentum != defaults["search_momentum"] and args.search_update != MOMENTUM:
         raise InputError(f"search_momentum={args.search_momentum} needs search_update=momentum; leave it out")
-    adam = args.search_update in (ADAM, RMS) or args.search_method == ADAM_BASELINE
+    adam = args.search_update == ADAM or args.search_method == ADAM_BASELINE
     own = {f.name: f.default for f in fields(MethodTrainingArguments)}
-    for name in ("adam_beta1", "adam_beta2", "adam_epsilon"):
-        if getattr(args, name) != own[name] and not adam:
-            raise InputError(f"{name}={getattr(args, name)} needs search_update=adam or rms; leave it out")
+    # rms has one running mean, that of the squared slopes
+    for name, rules in (("adam_beta1", "adam"), ("adam_beta2", "adam or rms"), ("adam_epsilon", "adam or rms")):
+        if getattr(args, name) != own[name] and not adam and not (args.search_update == RMS and RMS in rules):
+            raise InputError(f"{name}={getattr(args, name)} needs search_update={rules}; leave it out")
     if args.search_fisher is not None and args.search_selection != FISHER:
         raise InputError(f"search_fisher={args.search_fisher} needs search_selection=fisher; leave it out")
     if args.search_selection == ALL_ENTRIES and args.search_sampling_size is not None:
         raise InputError(
             f"search_selection=all changes every entry; leave search_sampling_size={args.search_sampling_size} out"
+        )
+    if args.search_selection == ALL_ENTRIES and args.search_sampling_steps != defaults["search_sampling_steps"]:
+        raise InputError(
+            f"search_sampling_steps={args.search_sampling_steps} says how often entries are selected, and "
+            "search_selection=all selects none; leave one of them out"
+        )
+    if args.label_smoothing_factor and args.search_objective != LOSS:
+        raise InputError(
+            f"label_smoothing_factor={args.label_smoothing_factor} changes the loss, which search_objective="
+            f"{args.search_objective} does not read; leave one of them out"
+        )
+    if args.neftune_noise_alpha and not args.search_dropout:
+        raise InputError(
+            f"neftune_noise_alpha={args.neftune_noise_alpha} adds noise in training mode, and a search compares "
+            "candidates in evaluation mode; pass search_dropout too, or leave it out"
         )
     if args.search_block > 1 and args.search_method in (ADAM_BASELINE, NODE, ACTIVITY):
         adam = args.search_method == ADAM_BASELINE
@@ -186,6 +202,11 @@ def _check_matrix(args: SearchArguments) -> None:
                 "search_trajectory stores seeds, and search_masks cannot be recomputed from a seed; leave "
                 "search_trajectory out and use the saved model"
             )
+    if args.search_estimate == FORWARD and args.search_eps != args.method_defaults()["search_eps"]:
+        raise InputError(
+            f"search_eps={args.search_eps} is the size of a perturbation, and search_estimate=forward makes none; "
+            "leave one of them out"
+        )
     if args.search_estimate == FORWARD and args.search_objective != LOSS:
         raise InputError(
             f"search_estimate=forward differentiates, and search_objective={args.search_objective} has no "

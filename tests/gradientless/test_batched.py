@@ -237,7 +237,7 @@ def test_node_perturbation_needs_losses_of_rows():
         ({"directions": "both"}, "directions='both' is unknown; choose from: next-layer, signs"),
         (
             {"update": "conservative"},
-            "update=conservative is not available for node perturbation; choose from: sgd, sign",
+            "update=conservative is not available for node and activity perturbation; choose from: sgd",
         ),
     ):
         with pytest.raises(InputError, match=message):

@@ -89,7 +89,7 @@ from hf_ft_ext.gradientless.optimizers.options import parse_options
         ),
         (
             {"search_method": "node", "search_update": "rms"},
-            "search_update=rms is not available for node perturbation; choose from",
+            "search_update=rms is not available for node and activity perturbation; choose from",
         ),
         ({"search_method": "node", "search_objective": "accuracy"}, "search_method=node needs the loss of each row"),
         ({"search_fisher": "gradient"}, "search_fisher=gradient needs search_selection=fisher"),
@@ -105,7 +105,25 @@ from hf_ft_ext.gradientless.optimizers.options import parse_options
         ),
         ({"search_method": "spsa", "search_pool": True}, "search_pool=True applies to search_method=gld, not to spsa"),
         ({"search_method": "spsa", "search_momentum": 0.5}, "search_momentum=0.5 needs search_update=momentum"),
-        ({"adam_beta1": 0.5}, "adam_beta1=0.5 needs search_update=adam or rms"),
+        ({"adam_beta1": 0.5}, "adam_beta1=0.5 needs search_update=adam; leave it out"),
+        ({"adam_beta2": 0.5}, "adam_beta2=0.5 needs search_update=adam or rms"),
+        (
+            {"search_method": "spsa", "search_update": "rms", "adam_beta1": 0.5},
+            "adam_beta1=0.5 needs search_update=adam; leave it out",
+        ),
+        (
+            {"search_method": "spsa", "search_estimate": "forward", "search_eps": 0.1},
+            "search_eps=0.1 is the size of a perturbation, and search_estimate=forward makes none",
+        ),
+        (
+            {"search_selection": "all", "search_sampling_steps": 4},
+            "search_sampling_steps=4 says how often entries are selected, and search_selection=all selects none",
+        ),
+        (
+            {"search_objective": "accuracy", "label_smoothing_factor": 0.1},
+            "label_smoothing_factor=0.1 changes the loss, which search_objective=accuracy does not read",
+        ),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0 adds noise in training mode"),
         ({"search_peft_config": {"r": 1}}, "search_peft_config needs search_peft; pass a peft method"),
         ({"search_method": "adam", "search_objective": "f1"}, "search_method=adam needs the derivative of the loss"),
         (
@@ -190,6 +208,9 @@ def test_other_refusals(tmp_path):
         make(tmp_path, objective=lambda logits, labels: 0.0, search_objective="f1")
     with pytest.raises(InputError, match="search_objective=f1 is for two classes, but the model has 3; use matthews"):
         make(tmp_path, tiny_model(num_labels=3), search_objective="f1").train()
+    several = tiny_model(num_labels=2, problem_type="multi_label_classification")
+    with pytest.raises(InputError, match="search_positive_label='LABEL_1' is for two classes, but rows have several"):
+        make(tmp_path, several, search_objective="f1", search_positive_label="LABEL_1").train()
     regression = tiny_model(num_labels=1, problem_type="regression")
     with pytest.raises(InputError, match="search_objective=accuracy is for classes, but this task is regression"):
         make(tmp_path, regression, search_objective="accuracy").train()

@@ -48,7 +48,8 @@ class GradientEstimator(GradientFreeOptimizer):
         check_rates(lr, weight_decay)
         if update in RULES and update not in ESTIMATE_RULES:
             raise InputError(
-                f"update={update} is not available for node perturbation; choose from: {', '.join(ESTIMATE_RULES)}"
+                f"update={update} is not available for node and activity perturbation; choose from: "
+                f"{', '.join(ESTIMATE_RULES)}"
             )
         self.rule = UpdateRule(update, momentum, betas, adam_eps, "buffer" if update in (MOMENTUM, ADAM) else None)
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay}, seed)

@@ -51,6 +51,11 @@ def make_objective(
     if name == LOSS:
         return lambda logits, labels: classification_loss(logits, labels, problem_type, smoothing)
     if problem_type == MULTI_LABEL:
+        if positive_label is not None:
+            raise InputError(
+                f"search_positive_label={positive_label!r} is for two classes, but rows have several labels, and f1 "
+                "is of all of them; leave it out"
+            )
         return _multi_label_objective(name)
     if problem_type == "regression" or num_labels < 2:
         raise InputError(f"search_objective={name} is for classes, but this task is regression; use loss")
