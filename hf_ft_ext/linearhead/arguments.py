@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from hf_ft_ext.arguments import FeatureCacheArguments, Gradients
+from hf_ft_ext.arguments.completion import chosen
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.training.solver_arguments import SolverTrainingArguments
 
@@ -41,6 +42,11 @@ class LinearHeadTrainingArguments(FeatureCacheArguments, SolverTrainingArguments
             )
         if self.linearhead_folds < 2:
             raise InputError(f"linearhead_folds must be 2 or more, got {self.linearhead_folds}")
+        if self.linearhead_c is not None and chosen(self, "linearhead_folds"):
+            raise InputError(
+                f"linearhead_folds={self.linearhead_folds} is for the cross-validation that chooses linearhead_c, and "
+                f"linearhead_c={self.linearhead_c} is given; leave one of them out"
+            )
         if self.linearhead_max_iter < 1:
             raise InputError(
                 f"linearhead_max_iter must be 1 or more, got {self.linearhead_max_iter}; pass a value such as 1000"

@@ -9,10 +9,13 @@ from accelerate.utils import broadcast
 from peft import PeftModel
 from torch import nn
 
+from hf_ft_ext.arguments.completion import chosen
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.features.linear_probe import LinearHead, find_last_layer, fit_linear_head, prepare_linear_head
 from hf_ft_ext.features.rows import SAMPLE, batches_in_order, data_and_collator
 from hf_ft_ext.linearhead.arguments import LinearHeadTrainingArguments
+from hf_ft_ext.metrics import REGRESSION
+from hf_ft_ext.prompts.model import is_prompt_model
 from hf_ft_ext.training.first_process import on_first_process
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.runs.plan import TrainedWeight
@@ -52,6 +55,13 @@ class LinearHeadTrainer(SolverTrainer):
                 f"{type(model).__name__} has no configuration that says how many labels it has (config.num_labels, "
                 "config.id2label); use a transformers model"
             )
+        if model.config.problem_type == REGRESSION and not is_prompt_model(model):
+            for name in ("linearhead_folds", "linearhead_max_iter"):
+                if chosen(self.args, name):
+                    raise InputError(
+                        f"{name}={getattr(self.args, name)} is for logistic regression, and a regression is fitted by "
+                        "ridge regression in one step; leave it out"
+                    )
         declare_mean_loss(model)
         self.fitted = None
         return model

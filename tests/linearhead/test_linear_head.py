@@ -155,11 +155,19 @@ def test_model_init_and_plan(tmp_path):
         ({"linearhead_folds": 1}, "linearhead_folds must be 2 or more, got 1"),
         ({"linearhead_max_iter": 0}, "linearhead_max_iter must be 1 or more, got 0"),
         ({"feature_cache_gb": -1.0}, "feature_cache_gb must be 0 or more, got -1.0"),
+        ({"linearhead_c": 1.0, "linearhead_folds": 3}, "linearhead_folds=3 is for the cross-validation that chooses"),
     ],
 )
 def test_bad_arguments_are_refused(tmp_path, options, message):
     with pytest.raises(InputError, match=message):
         make(tmp_path, **options)
+
+
+@pytest.mark.parametrize("name", ["linearhead_folds", "linearhead_max_iter"])
+def test_options_of_logistic_regression_are_refused_in_a_regression(tmp_path, name):
+    model = tiny_model(num_labels=1, problem_type="regression")
+    with pytest.raises(InputError, match=f"{name}=3 is for logistic regression"):
+        make(tmp_path, model, tiny_dataset(8, regression=True), **{name: 3})
 
 
 def test_unsupported_uses_are_refused(tmp_path):
