@@ -22,6 +22,11 @@ _MODEL_OUTPUT_ARGUMENTS = (
 )  # fmt: skip
 # Argument -> the solvers that use it.
 _SOLVERS_OF_ARGUMENT = {"kernel_gamma": ("asym",), "kernel_lambda": ("asym",), "kernel_svm_c": ("svr", "svc")}
+# Arguments that say how a kernel is computed, and over which parameters.
+_OF_COMPUTATION = (
+    "kernel_engine", "kernel_dimension", "kernel_memory_gb", "kernel_dir", "kernel_parameters", "exclude_embeddings",
+    "exclude_head", "only_biases",
+)  # fmt: skip
 _DIMENSION_MESSAGE = "kernel_dimension applies only to kernel_engine=projected; pass that engine too, or leave it out"
 
 
@@ -235,6 +240,16 @@ class KernelTrainingArguments(SolverTrainingArguments):
         if self.load_kernels is not None and (self.overwrite_kernels or self.random_model_init):
             name = "overwrite_kernels" if self.overwrite_kernels else "random_model_init"
             raise InputError(f"load_kernels reads kernels from files and computes none; leave {name} out")
+        if self.load_kernels is not None and (given := [name for name in _OF_COMPUTATION if chosen(self, name)]):
+            raise InputError(
+                f"load_kernels reads kernels from files, and {given[0]}={getattr(self, given[0])} is about computing "
+                "them; leave one of the two out"
+            )
+        if self.kernel_task_name is not None and self.load_kernels is None and self.export_kernels is None:
+            raise InputError(
+                f"kernel_task_name={self.kernel_task_name} is part of the names of files; pass load_kernels or "
+                "export_kernels with it, or leave it out"
+            )
         if self.f0_scaling != 1 and not self.adjust_for_init:
             raise InputError(f"f0_scaling={self.f0_scaling} needs adjust_for_init; pass both, or leave it out")
         for name, solvers in _SOLVERS_OF_ARGUMENT.items():
