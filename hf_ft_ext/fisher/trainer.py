@@ -101,6 +101,12 @@ class FisherTrainer(StopAtNaN, MethodTrainer):
         refuse_sharding(args, "the pre-pass")
         super().check_arguments()
         self._read_plan_settings()
+        if unused := sorted(set(args.fisher_candidate_settings or ()) - set(self._candidates)):
+            logger.warning(
+                "fisher_candidate_settings of %s are not used: the candidates are %s.",
+                ", ".join(unused),
+                ", ".join(self._candidates),
+            )
         if self._needs_prepass():
             refuse_label_names(args)
 

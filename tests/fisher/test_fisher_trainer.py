@@ -381,3 +381,11 @@ def test_a_mask_larger_than_the_unshared_weights_is_refused(mask):
     model = tiny_masked_lm(vocab_size=2000)
     with pytest.raises(InputError, match=r"asks for \d+ entries besides the head, but a mask can choose from \d+ "):
         choose_entries(model, mask, 0.9, (), seed=0, progress=False)
+
+
+def test_settings_of_no_candidate_are_logged(tmp_path, caplog):
+    make(
+        tmp_path, fisher_candidates=["lora", "prefix"], fisher_candidate_settings={"lora": {"r": 2}, "loar": {"r": 4}}
+    )
+    lines = [record.getMessage() for record in caplog.records if "are not used" in record.getMessage()]
+    assert lines == ["fisher_candidate_settings of loar are not used: the candidates are lora, prefix."]
