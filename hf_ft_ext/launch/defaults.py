@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 
 from hf_ft_ext.arguments import (
     PROMPT_DEMO,
@@ -178,7 +178,7 @@ RULES: dict[str, Rule] = {
 
 
 def refuse_unused_options(command: Command) -> None:
-    """Refuse options that the user set but this run would not use; log values that a search overrides.
+    """Refuse options that the user set but this run would not use; log values that other options override.
 
     Raises:
         InputError: an option that was set has no effect.
@@ -188,6 +188,18 @@ def refuse_unused_options(command: Command) -> None:
         value = given.get(name)
         if value not in (None, False, 0) and rule.unused(command):
             raise InputError(f"--{name} {value} {rule.message}, or leave it out")
+    training = command.training
+    if given.get("warmup_steps") and training.lr_scheduler_type == SchedulerType.CONSTANT:
+        logger.warning(
+            "--warmup_steps %s is not used: lr_scheduler_type=constant has no warm-up; constant_with_warmup has one.",
+            given["warmup_steps"],
+        )
+    if "num_train_epochs" in given and training.max_steps > 0 and not training.needs_all_rows:
+        logger.warning(
+            "--num_train_epochs %g is not used: max_steps=%d says when training ends.",
+            given["num_train_epochs"],
+            training.max_steps,
+        )
     if command.run.hp_search:
         for name in ("learning_rate", "per_device_train_batch_size"):
             if name in given:

@@ -161,6 +161,11 @@ def check_splits(run_args: RunArguments, args: TrainingArguments, data) -> None:
     name = repr(data.task.name)
     if args.do_train and data.train is None:
         raise InputError(f"--do_train: {name} has no training split; pass --train_file, or drop --do_train")
+    if args.do_eval and not data.validation and run_args.given.get("num_k"):
+        raise InputError(
+            f"--do_eval: --num_k {run_args.given['num_k']} trains on all rows of {name} and leaves none to evaluate "
+            "on; pass a smaller --num_k, or only --do_train"
+        )
     if args.do_eval and not data.validation:
         reason = "" if "do_eval" in run_args.given else " (on by default, and by any --eval_strategy)"
         raise InputError(

@@ -1,15 +1,18 @@
 """No option is accepted and ignored: what has nothing to act on ends in one line."""
 
+import re
 from dataclasses import fields
 
 import pytest
 from test_parsing import parse
+from tiny import write_texts
 
 from hf_ft_ext.arguments import DataArguments, ModelArguments, RunArguments
 from hf_ft_ext.data.loading import load_data
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.launch.defaults import RULES
 from hf_ft_ext.launch.language import check_language_options
+from hf_ft_ext.launch.validation import check_splits
 from hf_ft_ext.prompts.loading import check_prompt_options
 
 # Options that act in every run that can have them (or whose refusal needs the data or the model: tested there).
@@ -120,3 +123,29 @@ def test_values_that_a_search_overrides_are_logged(caplog):
     assert [r.getMessage() for r in caplog.records] == [
         "--hp_search chooses learning_rate: the value 0.001 is not used."
     ]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--method", "full", "--max_steps", "2", "--num_train_epochs", "3"], "--num_train_epochs 3 is not used"),
+        (
+            ["--method", "full", "--lr_scheduler_type", "constant", "--warmup_steps", "2"],
+            "--warmup_steps 2.* not used",
+        ),
+        (["--method", "gradientless", "--warmup_steps", "2"], "--warmup_steps 2.* lr_scheduler_type=constant has no"),
+    ],
+)
+def test_values_that_other_options_override_are_logged(words, message, caplog):
+    caplog.set_level("WARNING", logger="hf_ft_ext")
+    parse(*words)
+    (record,) = caplog.records
+    assert re.search(message, record.getMessage())
+
+
+def test_evaluation_without_rows_after_a_few_shot_draw_names_num_k(tiny_bert_dir):
+    write_texts("train.csv", 20)
+    files = ["--train_file", "train.csv", "--validation_file", "train.csv", "--num_k", "50", "--allow_small_classes"]
+    run_args, _, data_args, args = parse("--method", "full", "--model_name_or_path", tiny_bert_dir, *files)
+    with pytest.raises(InputError, match=r"--num_k 50 trains on all rows .* pass a smaller --num_k"):
+        check_splits(run_args, args, load_data(data_args))
