@@ -7,7 +7,8 @@ from datasets import Dataset
 from transformers import Trainer
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.training.loader_batches import draws_own_batches, generators_kept, loader_rows
+from hf_ft_ext.training.generators import generators_kept
+from hf_ft_ext.training.loader_batches import draws_own_batches, loader_rows
 from hf_ft_ext.training.method_trainer import overridden
 
 

@@ -2,15 +2,14 @@
 
 import contextlib
 import itertools
-import random
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import Trainer
 
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.training.generators import generators_kept
 from hf_ft_ext.training.method_trainer import SAMPLING, overridden
 
 
@@ -56,30 +55,6 @@ def loader_rows(trainer: Trainer, rows: int, batch_size: int) -> list[dict[str, 
     if not parts:
         raise InputError("get_train_dataloader yields no batch, but the pre-pass needs some; check its data")
     return parts
-
-
-@contextlib.contextmanager
-def generators_kept() -> Iterator[Any]:
-    """A context that restores the state of all random number generators when it ends."""
-    python, numpy = random.getstate(), np.random.get_state()
-    found: dict[int, tuple[torch.Generator, torch.Tensor]] = {}
-
-    def keep(loader: Any) -> None:
-        batch_sampler = getattr(loader, "batch_sampler", None)
-        parts = (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
-        for part in parts:
-            generator = getattr(part, "generator", None)
-            if isinstance(generator, torch.Generator):
-                found[id(generator)] = (generator, generator.get_state())
-
-    with torch.random.fork_rng():
-        try:
-            yield keep
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
-            for generator, state in found.values():
-                generator.set_state(state)
 
 
 def _has_rows(value: Any) -> bool:

@@ -13,7 +13,7 @@ from hf_ft_ext.errors import InputError
 from hf_ft_ext.features.rows import LABELS, SAMPLE, data_and_collator
 from hf_ft_ext.moved import former_classes
 from hf_ft_ext.training.checks import refuse_label_names
-from hf_ft_ext.training.loader_batches import generators_kept
+from hf_ft_ext.training.generators import generators_kept
 from hf_ft_ext.training.method_trainer import DATA_LOADING, MethodTrainer, overridden
 from hf_ft_ext.training.saved.saving import CompleteSaves
 from hf_ft_ext.training.weights.devices import refuse_data_parallel

@@ -1,5 +1,6 @@
 """Micro-batches must not change the loss that is logged nor the gradient that is clipped."""
 
+import numpy as np
 import pytest
 import torch
 from other_models import other_model
@@ -150,6 +151,27 @@ SGD = {
     "weight_decay": 0.0, "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True,
     "dataloader_pin_memory": False,
 }  # fmt: skip
+
+
+class Mixed(FullTrainer):
+    """Mixes the losses of two labels of a row, by numpy's random numbers: a mean over a micro-batch."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels, share = inputs.pop("labels"), np.random.beta(1, 1)
+        outputs = model(**inputs)
+        losses = [nn.functional.cross_entropy(outputs.logits, y) for y in (labels, labels.flip(0))]
+        loss = share * losses[0] + (1 - share) * losses[1]
+        return (loss, outputs) if return_outputs else loss
+
+
+def test_a_user_s_loss_may_draw_at_random(tmp_path):
+    args = FullTrainingArguments(str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=4, **SGD)
+    trainer = Mixed(tiny_model(), args, train_dataset=tiny_dataset(8), processing_class=tiny_tokenizer())
+    np.random.seed(0)
+    expected = np.random.beta(1, 1, 5)[-1]
+    np.random.seed(0)
+    assert trainer.train().training_loss < 1  # about log 2, not four times as much
+    assert np.random.beta(1, 1) == expected  # the comparison left the generator as it was
 
 
 @pytest.mark.parametrize("how", ["count", "mean", "super", "function"])

@@ -20,7 +20,7 @@ from hf_ft_ext.features.rows import (
 )
 from hf_ft_ext.gradientless.scoring.objectives import check_labels
 from hf_ft_ext.gradientless.scoring.rows import FeatureRows
-from hf_ft_ext.training.loader_batches import generators_kept
+from hf_ft_ext.training.generators import generators_kept
 from hf_ft_ext.training.runs.resources import preparation
 
 logger = logging.getLogger(__name__)
