@@ -100,9 +100,14 @@ def labels_of(dataset: Any) -> torch.Tensor:
         if has_plain_columns(dataset):
             name = next((name for name in ("labels", "label") if name in dataset.column_names), None)
             return torch.as_tensor(dataset.with_format(None)[name][:])
-        return torch.as_tensor([dataset[i].get("labels", dataset[i].get("label")) for i in range(len(dataset))])
+        return stacked_labels([dataset[i].get("labels", dataset[i].get("label")) for i in range(len(dataset))])
     except (KeyError, TypeError, RuntimeError, ValueError) as error:
         raise InputError("the training data have no labels to learn from; add a column `labels`") from error
+
+
+def stacked_labels(labels: list[Any]) -> torch.Tensor:
+    """Labels of rows as one tensor; those of a row are a number, or as many numbers as in other rows."""
+    return torch.stack([torch.as_tensor(label) for label in labels])
 
 
 def data_and_collator(trainer: Trainer, dataset: Any) -> tuple[Any, Any]:

@@ -10,7 +10,7 @@ from transformers import EarlyStoppingCallback
 from transformers.trainer_utils import TrainOutput, set_seed, speed_metrics
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.features.rows import LABELS, SAMPLE, data_and_collator
+from hf_ft_ext.features.rows import LABELS, SAMPLE, data_and_collator, stacked_labels
 from hf_ft_ext.moved import former_classes
 from hf_ft_ext.training.checks import refuse_label_names
 from hf_ft_ext.training.generators import generators_kept
@@ -153,7 +153,13 @@ class SolverTrainer(CompleteSaves, MethodTrainer):
                         "row once; pass one that does not draw at random"
                     )
         if LABELS in first and (LABELS in rows[0] or "label" in rows[0]):
-            own = torch.as_tensor([row.get(LABELS, row.get("label")) for row in rows])
+            try:
+                own = stacked_labels([row.get(LABELS, row.get("label")) for row in rows])
+            except (RuntimeError, TypeError, ValueError) as error:  # rows of several lengths, or no numbers
+                raise InputError(
+                    f"the labels of rows have different shapes, as those of tokens do, and {self.solution} is fitted "
+                    "to one label per row, or 0 or 1 for each of the labels; use a trainer that takes steps"
+                ) from error
             if not _same(own.double().flatten(), torch.as_tensor(first[LABELS]).double().flatten()):
                 raise InputError(
                     f"data_collator {name} changes the labels of the data set, and {self.solution} is fitted to "

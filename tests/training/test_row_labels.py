@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny import tiny_dataset, tiny_model, tiny_tokenizer
+from transformers import DataCollatorForTokenClassification
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.label_tokens import check_row_labels, other_labels
@@ -28,15 +29,15 @@ WRONG = {
 }  # fmt: skip
 
 
-def trainer_of(folder, way, labels, **config):
+def trainer_of(folder, way, labels, form=lambda rows: rows, **config):
     method, options = SETTINGS[way]
-    data = tiny_dataset(24).remove_columns("labels").add_column("labels", labels)
+    rows = tiny_dataset(len(labels)).remove_columns("labels").add_column("labels", labels)
     args = METHODS[method].arguments_class()(
         str(folder), report_to="none", use_cpu=True, disable_tqdm=True, **options,
         **({"feature_cache_dir": str(folder / "features")} if way == "cached search" else {}),
     )  # fmt: skip
     trainer = METHODS[method].trainer_class()
-    return trainer(tiny_model(**config), args, train_dataset=data, processing_class=tiny_tokenizer())
+    return trainer(tiny_model(**config), args, train_dataset=form(rows), processing_class=tiny_tokenizer())
 
 
 @pytest.mark.parametrize("kind", WRONG)
@@ -75,3 +76,32 @@ def test_other_labels_are_of_all_classes():
     assert other_labels(torch.tensor([[1, -100, 1]]), 2).tolist() == [[0, -100, 0]]
     assert other_labels(torch.tensor([[1.0, 0.0]]), 2).tolist() == [[0.0, 1.0]]
     assert other_labels(torch.tensor([2.5]), 1).tolist() == [3.5]
+
+
+class Tensors(torch.utils.data.Dataset):
+    """Rows as dictionaries of tensors, as users write them."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        return {name: torch.as_tensor(value) for name, value in self.rows[i].items()}
+
+
+@pytest.mark.parametrize("name", ["linearhead", "kernel"])
+def test_several_labels_per_row_in_any_form_of_rows(tmp_path, name):
+    labels = [[float(i % 2), float(i % 3 == 0), float(i % 4 == 1)] for i in range(12)]
+    forms = (lambda rows: rows, lambda rows: rows.with_format("torch"), Tensors)
+    found = [trainer_of(tmp_path, name, labels, form, **MULTI).train().training_loss for form in forms]
+    assert found[0] == pytest.approx(found[1]) == pytest.approx(found[2])
+
+
+@pytest.mark.parametrize("name", ["linearhead", "kernel"])
+def test_labels_of_tokens_are_refused_where_rows_have_one(tmp_path, name):
+    trainer = trainer_of(tmp_path, name, tiny_dataset(12)["input_ids"])
+    trainer.data_collator = DataCollatorForTokenClassification(tiny_tokenizer())
+    with pytest.raises(InputError, match="different shapes"):
+        trainer.train()
