@@ -32,7 +32,6 @@ from hf_ft_ext.gradientless.scoring.full_models import (
     model_loss,
     objective_of_logits,
     rows_of,
-    with_same_masks,
 )
 from hf_ft_ext.gradientless.scoring.objectives import (
     F1,
@@ -54,6 +53,7 @@ from hf_ft_ext.models.peft import wrap_with_peft
 from hf_ft_ext.prompts.model import is_prompt_model
 from hf_ft_ext.training.checks import check_full_batch
 from hf_ft_ext.training.finite import StopAtNaN
+from hf_ft_ext.training.generators import with_same_draws
 from hf_ft_ext.training.loss_scale import declare_mean_loss, one_answer
 from hf_ft_ext.training.method_trainer import DATA_LOADING, MethodTrainer, has_own_loss, loss_of_batch, overridden
 from hf_ft_ext.training.runs.plan import TrainedWeight
@@ -252,10 +252,10 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
                 function = objective_of_arguments(self.args, config)
                 check_labels(config, *labels_of(batches))
             full = objective_of_logits(self.model, function, batches, self._row_losses())
-        if not self.args.search_dropout:
-            return full
+        # A user's loss, or a model such as a masked autoencoder, may draw at random in evaluation mode too.
+        full.value = with_same_draws(full.value, self.state.global_step + self.args.seed)
         # The same dropout mask for all candidates, so they run one by one, not as rows of one forward pass.
-        return FullObjective(with_same_masks(full.value, self.state.global_step + self.args.seed))
+        return FullObjective(full.value) if self.args.search_dropout else full
 
     def _mean_loss(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return loss_of_batch(self, self.model, batch)

@@ -205,19 +205,6 @@ def repeat(batch: Batch, n: int) -> dict[str, Any]:
     return result
 
 
-def with_same_masks(evaluate: Callable[[], torch.Tensor], seed: int) -> Callable[[], torch.Tensor]:
-    """Return `evaluate` with dropout drawn from `seed` in every call; the global random state is restored."""
-
-    def evaluate_with_seed() -> torch.Tensor:
-        with torch.random.fork_rng():
-            torch.random.default_generator.manual_seed(seed)
-            if torch.cuda.is_available():
-                torch.cuda.manual_seed_all(seed)
-            return evaluate()
-
-    return evaluate_with_seed
-
-
 def _inputs(batch: Batch) -> dict[str, Any]:
     return {key: value for key, value in batch.items() if key not in _LABELS}
 
