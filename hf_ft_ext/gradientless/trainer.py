@@ -46,7 +46,7 @@ from hf_ft_ext.gradientless.scoring.rows import FeatureRows, train_dataloader
 from hf_ft_ext.gradientless.search_arguments import ACTIVITY, ADAM_BASELINE, DIVERGENCE, HEAD
 from hf_ft_ext.gradientless.targets import masks_of_run, prepare_offloaded, searched_parameters
 from hf_ft_ext.gradientless.trajectory import FILE as TRAJECTORY
-from hf_ft_ext.gradientless.trajectory import drop_steps_after_best, save_trajectory
+from hf_ft_ext.gradientless.trajectory import rewind_to_best, save_trajectory
 from hf_ft_ext.label_tokens import label_count, predicts_next_tokens
 from hf_ft_ext.metrics import REGRESSION
 from hf_ft_ext.models.peft import wrap_with_peft
@@ -364,7 +364,7 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        drop_steps_after_best(getattr(self.optimizer, "optimizer", self.optimizer), self.state)
+        rewind_to_best(getattr(self.optimizer, "optimizer", self.optimizer), self.state)
 
     @classmethod
     def delta_code(cls, run: FinishedRun) -> str | None:

@@ -4,6 +4,7 @@ A step takes about 5 bytes: 20,000 steps with one direction are below 0.1 MB, fo
 """
 
 import json
+import logging
 import os
 import zlib
 from pathlib import Path
@@ -15,10 +16,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import TrainerState
+from transformers.trainer import OPTIMIZER_NAME
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.gradientless.optimizers.spsa import SPSA
 from hf_ft_ext.offload import hold_offloaded
+
+logger = logging.getLogger(__name__)
 
 FILE = "trajectory.safetensors"
 _FORMAT, _OLDER = "hf_ft_ext trajectory 2", "hf_ft_ext trajectory 1"  # the older rounded 16-bit weights differently
@@ -90,10 +94,31 @@ def save_trajectory(optimizer: SPSA, model: nn.Module, path: str | os.PathLike) 
     return path
 
 
-def drop_steps_after_best(optimizer: torch.optim.Optimizer, state: TrainerState) -> None:
-    """Drop the recorded steps after the best model's, once `Trainer` has loaded it: both have to end at one step."""
-    if isinstance(optimizer, SPSA) and state.best_global_step is not None:
-        del optimizer.record[len(optimizer.record) - (state.global_step - state.best_global_step) :]
+def rewind_to_best(optimizer: torch.optim.Optimizer, state: TrainerState) -> None:
+    """Take a search back to the step of the best model, once `Trainer` has loaded it.
+
+    Weights and record have to end at one step, also if another training goes on from there: directions follow from
+    the number of steps, and moments from the steps.
+    """
+    if not isinstance(optimizer, SPSA) or state.best_global_step is None:
+        return
+    taken = len(optimizer.record) - (state.global_step - state.best_global_step)
+    saved = Path(state.best_model_checkpoint) / OPTIMIZER_NAME
+    if saved.is_file():
+        optimizer.load_state_dict(torch.load(saved, map_location="cpu", weights_only=True))
+        return
+    if optimizer.weight_updates.remembers_steps():
+        logger.warning(
+            "%s holds no optimizer state (save_only_model), so the search's moments and rounding errors are those of "
+            "the last step; the trajectory of another training with this trainer cannot be repeated.",
+            state.best_model_checkpoint,
+        )
+    del optimizer.record[taken:]
+    optimizer.generator.manual_seed(optimizer.first_seed)
+    optimizer.steps = 0
+    for _ in optimizer.record:
+        optimizer.steps += 1
+        optimizer._draws()  # moves the generator
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """A search that trains again: with other data, another encoder, from the best model, or after a step that failed."""
 
+import copy
 import functools
 import random
 
@@ -9,9 +10,14 @@ import torch
 from tiny import tiny_dataset, tiny_model, tiny_tokenizer
 from torch.testing import assert_close
 
-from hf_ft_ext import GradientlessTrainer, GradientlessTrainingArguments
+from hf_ft_ext import SPSA, GradientlessTrainer, GradientlessTrainingArguments, apply_trajectory, save_trajectory
 
 QUIET = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no"}
+BEST = {
+    "search_target": "all", "search_trajectory": True, "max_steps": 6, "eval_strategy": "steps", "eval_steps": 2,
+    "save_strategy": "steps", "save_steps": 2, "load_best_model_at_end": True, "metric_for_best_model": "eval_near",
+    "greater_is_better": True,
+}  # fmt: skip
 
 
 def make(folder, kind=GradientlessTrainer, model=None, **values):
@@ -19,6 +25,46 @@ def make(folder, kind=GradientlessTrainer, model=None, **values):
     args = GradientlessTrainingArguments(str(folder), per_device_train_batch_size=8, **values)
     data = {"train_dataset": tiny_dataset(32), "eval_dataset": tiny_dataset(8, seed=5)}
     return kind(tiny_model() if model is None else model, args, processing_class=tiny_tokenizer(), **data)
+
+
+@pytest.mark.parametrize("whole_state", [True, False])
+@pytest.mark.parametrize("update", ["sgd", "adam"])
+def test_a_trajectory_goes_on_from_the_best_model(tmp_path, caplog, whole_state, update):
+    trainer = make(tmp_path, search_update=update, save_only_model=not whole_state, **BEST)
+    trainer.compute_metrics = lambda _: {"near": -abs(trainer.state.global_step - 2)}
+    base = copy.deepcopy(trainer.model)
+    for steps in (2, 4):
+        trainer.train()
+        trainer.save_model()
+        if steps == 4 and update == "adam" and not whole_state:  # the moments of step 2 are lost
+            assert "cannot be repeated" in caplog.text
+            continue
+        again = apply_trajectory(copy.deepcopy(base), tmp_path)
+        assert len(trainer.optimizer.optimizer.record) == steps
+        for name, value in trainer.model.state_dict().items():
+            assert torch.equal(value, again.state_dict()[name]), name
+
+
+def test_a_step_that_fails_does_not_count(tmp_path):
+    model, calls = torch.nn.Linear(3, 2), []
+    base, rows = copy.deepcopy(model), torch.randn(5, 3)
+    search = SPSA(model.parameters(), model, lr=0.1)
+
+    def loss():
+        calls.append(1)
+        if len(calls) in (2, 5):
+            raise RuntimeError("out of memory")
+        return model(rows).square().mean()
+
+    for _ in range(6):
+        try:
+            search.step_ahead(loss)
+            search.step()
+        except RuntimeError:
+            pass
+    assert search.steps == len(search.record) == 4
+    again = apply_trajectory(base, save_trajectory(search, model, tmp_path))
+    assert torch.equal(again.weight, model.weight)
 
 
 def noisy(draw):

@@ -64,8 +64,17 @@ class GradientFreeOptimizer(CopyableOptimizer):
                     )
 
     def step_ahead(self, closure: Closure, evaluate: Callable | None = None) -> float:
-        """Take the step now, so that the next `step()` without a closure does nothing; return the step's result."""
-        loss = self.step(closure, evaluate)
+        """Take the step now, so that the next `step()` without a closure does nothing; return the step's result.
+
+        A step that an error ends, such as one of memory, does not count: `Trainer` may go on with smaller batches.
+        """
+        steps, state = self.steps, self.generator.get_state()
+        try:
+            loss = self.step(closure, evaluate)
+        except BaseException:
+            self.steps = steps
+            self.generator.set_state(state)
+            raise
         self._ahead = True
         return loss
 

@@ -175,8 +175,8 @@ class SPSA(GradientFreeOptimizer):
             sign = self._best_sign(draws, found, rates, here, closure, evaluate)
             found = [sign * slope for slope in found]
         self._note_first_reads(unread)
-        self.record.append((found, rates))
         self._update_weights(draws, found, rates)
+        self.record.append((found, rates))
         return mean
 
     def _estimated(

@@ -164,6 +164,10 @@ class WeightUpdates:
 
     # --- state -------------------------------------------------------------------------------------
 
+    def remembers_steps(self) -> bool:
+        """Whether the next update depends on more than the weights: moments, or rounding errors that are kept."""
+        return bool(self.second or self.buffers or self.factor_basis or self.history or self.rounding.kept)
+
     def state(self) -> dict[str, Any]:
         """The state that the next step depends on."""
         return {
