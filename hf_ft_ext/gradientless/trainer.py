@@ -2,13 +2,11 @@
 
 import contextlib
 import functools
-import itertools
 import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast
 from peft import PeftModel
 from torch import nn
 from transformers import TrainingArguments
@@ -53,6 +51,7 @@ from hf_ft_ext.models.peft import wrap_with_peft
 from hf_ft_ext.prompts.model import is_prompt_model
 from hf_ft_ext.training.checks import check_full_batch
 from hf_ft_ext.training.finite import StopAtNaN
+from hf_ft_ext.training.first_process import broadcast_weights
 from hf_ft_ext.training.generators import with_same_draws
 from hf_ft_ext.training.loss_scale import declare_mean_loss, one_answer
 from hf_ft_ext.training.method_trainer import DATA_LOADING, MethodTrainer, has_own_loss, loss_of_batch, overridden
@@ -129,12 +128,16 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
                 "The output rows of the label words are tied to the input embeddings, so they are not searched; pass "
                 "untie_words to search separate rows."
             )
+        self._forget_batches()
+        return model
+
+    def _forget_batches(self) -> None:
+        self._micro_batches: list[dict[str, torch.Tensor]] = []
         self._reader: HeadReader | None = None
         self._rows: FeatureRows | None = None
         self._looked_for_features = False
         self._usual_loss: bool | None = None
         self._evaluation: HeadEvaluation | None = None
-        return model
 
     @property
     def searched(self) -> dict[str, nn.Parameter]:
@@ -144,6 +147,7 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
     # --- training ----------------------------------------------------------------------------------
 
     def train(self, *positional, **kwargs) -> TrainOutput:
+        self._forget_batches()  # data, encoder and loss may be others than in an earlier training
         try:
             return super().train(*positional, **kwargs)
         finally:
@@ -157,13 +161,12 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
             if self.args.search_method == ADAM_BASELINE:  # the searches lose no 16-bit updates: see `Rounding`
                 warn_of_lost_updates(self.searched)
             self.model.requires_grad_(False)  # so that no memory is reserved for gradients
-            self._broadcast_weights()
+            broadcast_weights(self.model, self.args.world_size)
             decayed = self.get_decay_parameter_names(self.model)
             self.optimizer = build_optimizer(self.args, self.model, self.searched, self.masks, decayed)
-            self._micro_batches: list[dict[str, torch.Tensor]] = []
-            if not self._own_loader():
-                self._make_evaluation()
             self._share_work()
+        if self._evaluation is None and not self._own_loader():
+            self._make_evaluation()
         return self.optimizer
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -333,12 +336,6 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
         return functools.partial(row_losses, problem_type=problem, smoothing=smoothing)
 
     # --- processes ---------------------------------------------------------------------------------
-
-    def _broadcast_weights(self) -> None:
-        """Copy the weights of the first process to all: a new head may be initialized differently on each."""
-        if self.args.world_size > 1:
-            for tensor in itertools.chain(self.model.parameters(), self.model.buffers()):
-                broadcast(tensor.data)
 
     def _share_work(self) -> None:
         if self.args.world_size == 1:

@@ -1,10 +1,12 @@
 """Work of the first process whose result, or error, all processes get."""
 
+import itertools
 from collections.abc import Callable
 from typing import TypeVar
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast, broadcast_object_list
+from torch import nn
 
 from hf_ft_ext.errors import InputError
 
@@ -30,3 +32,10 @@ def on_first_process(find: Callable[[], Result]) -> Result:
     if isinstance(outcome[0], InputError):
         raise outcome[0]
     return outcome[0]
+
+
+def broadcast_weights(model: nn.Module, processes: int) -> None:
+    """Copy the weights of the first process to all: a new head may be initialized differently on each."""
+    if processes > 1:
+        for tensor in itertools.chain(model.parameters(), model.buffers()):
+            broadcast(tensor.data)

@@ -138,7 +138,7 @@ def test_node_perturbation_needs_a_head_that_reads_one_vector_per_row(tmp_path, 
 ])  # fmt: skip
 def test_searches_of_one_process_are_refused_in_two(tmp_path, monkeypatch, method, message):
     monkeypatch.setattr(GradientlessTrainingArguments, "world_size", 2)
-    monkeypatch.setattr("hf_ft_ext.gradientless.trainer.broadcast", lambda tensor: None)
+    monkeypatch.setattr("hf_ft_ext.training.first_process.broadcast", lambda tensor: None)
     with pytest.raises(InputError, match=message):
         make(tmp_path, **METHODS[method]).create_optimizer()
 

@@ -27,6 +27,30 @@ def make(folder, kind=GradientlessTrainer, model=None, **values):
     return kind(tiny_model() if model is None else model, args, processing_class=tiny_tokenizer(), **data)
 
 
+class Watched(GradientlessTrainer):
+    """Keeps the features that it trains with."""
+
+    def training_step(self, model, inputs, *positional):
+        self.seen = [*getattr(self, "seen", []), inputs["features"]]
+        return super().training_step(model, inputs, *positional)
+
+
+@pytest.mark.parametrize("method", ["gld", "spsa", "node"])
+def test_features_are_those_of_the_current_data_and_encoder(tmp_path, method):
+    trainer = make(tmp_path, Watched, search_method=method)
+    trainer.train()
+    trainer.train_dataset = tiny_dataset(32, seed=9)
+    with torch.no_grad():
+        for parameter in trainer.model.bert.embeddings.parameters():
+            parameter += 0.05
+    trainer.seen.clear()
+    trainer.train()
+    fresh = make(tmp_path, Watched, copy.deepcopy(trainer.model), search_method=method)
+    fresh.train_dataset = trainer.train_dataset
+    fresh.train()
+    assert_close(torch.cat(trainer.seen), torch.cat(fresh.seen))
+
+
 @pytest.mark.parametrize("whole_state", [True, False])
 @pytest.mark.parametrize("update", ["sgd", "adam"])
 def test_a_trajectory_goes_on_from_the_best_model(tmp_path, caplog, whole_state, update):
