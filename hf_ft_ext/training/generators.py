@@ -23,7 +23,8 @@ def generators_kept() -> Iterator[Any]:
             if isinstance(generator, torch.Generator):
                 found[id(generator)] = (generator, generator.get_state())
 
-    with torch.random.fork_rng():
+    # All devices, named: without a list torch warns where there are several.
+    with torch.random.fork_rng(devices=_cuda_devices()):
         try:
             yield keep
         finally:
@@ -41,9 +42,16 @@ def with_same_draws(evaluate: Callable[[], torch.Tensor], seed: int) -> Callable
 
     def evaluate_with_seed() -> torch.Tensor:
         with generators_kept():
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
+            if _cuda_devices():
+                torch.cuda.manual_seed_all(seed)
             np.random.seed(seed % 2**32)
             random.seed(seed)
             return evaluate()
 
     return evaluate_with_seed
+
+
+def _cuda_devices() -> list[int]:
+    """The devices that may have drawn numbers; torch keeps the seed of others until their first use."""
+    return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []

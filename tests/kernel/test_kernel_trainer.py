@@ -224,6 +224,27 @@ def test_the_pseudo_kernel_is_the_shared_one_on_average(tmp_path):
     assert len({round(float(kernel[0, 1]), 9) for kernel in kernels}) > 1
 
 
+@pytest.mark.parametrize("name", ["sgd", "projected"])
+def test_coefficients_keep_their_training_rows(tmp_path, name):
+    """A trainer whose training data are replaced predicts, linearizes and saves with those that it has solved."""
+    model = tiny_model().double()
+    trainer = make(tmp_path / "own", model, **SETTINGS[name])
+    trainer.train()
+    # computed anew after the replacement: the one trainer must not read what the other has stored
+    same = make(tmp_path / "replaced", model, **SETTINGS[name])
+    same.train()
+    same.train_dataset = tiny_dataset(12, seed=5)
+    other = tiny_dataset(4, seed=8)
+    expected = trainer.predict(other).predictions
+    np.testing.assert_array_equal(same.predict(other).predictions, expected)
+    np.testing.assert_array_equal(same.linearize([2.0], other), trainer.linearize([2.0], other))
+    same.save_model()
+    loaded = KernelTrainer.from_folder(tmp_path / "replaced")
+    np.testing.assert_allclose(loaded.predict(other).predictions, expected, rtol=1e-9)
+    same.train()  # with the new rows
+    assert np.abs(same.predict(other).predictions - expected).max() > 1e-3
+
+
 def test_linearized_model_matches_gradient_descent(tmp_path):
     """Full-batch gradient descent on the linearized model itself, its outputs by `torch.func`."""
     model = tiny_model().double()

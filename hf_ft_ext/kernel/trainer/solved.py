@@ -205,7 +205,7 @@ class SolvedKernelTrainer(SolverTrainer):
             "kernel_formula": args.kernel_formula,
             "kernel_solver": args.kernel_solver,
             "kernel_regularization": self.regularization,
-            "training_rows": len(self.train_dataset),
+            "training_rows": len(self.source.train),
             "binary_classification": self.binary,
             "adjust_for_init": args.adjust_for_init,
         }

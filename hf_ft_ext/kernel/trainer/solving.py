@@ -248,7 +248,7 @@ class KernelTrainer(SolvedKernelTrainer):
             raise InputError(
                 f"linearize describes training by sgd, but kernel_formula={self.args.kernel_formula}; pass sgd"
             )
-        if self.solved is None or isinstance(self.train_dataset, (TrainingRows, TrainingFeatures)):
+        if self.solved is None or isinstance(self.source.train, (TrainingRows, TrainingFeatures)):
             raise InputError(
                 "linearize needs the train kernel and the labels; use a trainer with training data, and call train()"
             )
@@ -259,11 +259,12 @@ class KernelTrainer(SolvedKernelTrainer):
         data = self.eval_dataset if dataset is None else dataset
         if data is None or isinstance(data, dict):
             raise InputError("linearize predicts a single data set, but there is none; pass dataset")
-        labels, start = self._labels(self.train_dataset), self.source.start(self.train_dataset, "train")
+        train = self.source.train
+        labels, start = self._labels(train), self.source.start(train, "train")
         options = replace(
             self.solved.options, solver=Solver.LSTSQ, regularization=regularization, coupling=self.coupling, time=None
         )
-        system = KernelSystem(options, self.source.kernel(self.train_dataset, "train"), labels, start)
+        system = KernelSystem(options, self.source.kernel(train, "train"), labels, start)
         kernel, begin = self.source.kernel(data, "linearize"), self.source.start(data, "linearize")
         self.source.forget()
         found = [system.solve(quiet=True, time=float(time)).predict(kernel, begin) for time in times]

@@ -31,6 +31,10 @@ logger = logging.getLogger(__name__)
 class KernelSource:
     """Provides kernels between a trainer's training data and other data, and the model's outputs before training.
 
+    Attributes:
+        train: the training data, those that the trainer has now. A trainer whose data are replaced later still
+            predicts with the rows that its coefficients belong to.
+
     Args:
         trainer: its model, data, collator and arguments are used.
         options: options of the kernel.
@@ -48,11 +52,12 @@ class KernelSource:
         scalars: str | None = None,
     ):
         self.trainer, self.args, self.options, self.keep = trainer, trainer.args, options, keep
+        self.train = trainer.train_dataset
         self._function, self._scalars = function, scalars
         self.computation = KernelComputation(trainer.model, options, function)
         self._training_rows: tuple[Any, ExampleRows] | None = None
         self._other_rows: tuple[Any, ExampleRows] | None = None
-        self._training_features: tuple[Any, Chunks] | None = None  # only for engine `projected`
+        self._training_features: Chunks | None = None  # only for engine `projected`
         self._model_hash: str | None = None
 
     def rows(self, dataset: Any) -> ExampleRows:
@@ -68,7 +73,7 @@ class KernelSource:
         data, collate = data_and_collator(self.trainer, dataset)
         pad = getattr(getattr(self.trainer.model, "config", None), "pad_token_id", 0)
         rows = ExampleRows(batches_in_order(data, collate, self.args.rows_per_pass), pad)
-        if dataset is self.trainer.train_dataset:
+        if dataset is self.train:
             self._training_rows = (dataset, rows)
         else:
             self._other_rows = (dataset, rows)
@@ -84,12 +89,11 @@ class KernelSource:
         Raises:
             InputError: as `empirical_ntk`, `KernelStore` and `read_kernel`; a loaded kernel of another size.
         """
-        train = self.trainer.train_dataset
         if self.args.load_kernels is not None:
             kernel = self._loaded(dataset, split)
         else:
             if self.computation.projected is None:
-                kernel = self._computed(self.rows(train), None if dataset is train else self.rows(dataset))
+                kernel = self._computed(self.rows(self.train), None if dataset is self.train else self.rows(dataset))
             else:
                 kernel = self._product(dataset)
         if self.args.export_kernels is not None and self.args.process_index == 0:
@@ -149,22 +153,21 @@ class KernelSource:
 
     def _product(self, dataset: Any) -> torch.Tensor:
         """The kernel from projected gradients, which are stored for each set of rows."""
-        train = self.trainer.train_dataset
-        right = None if dataset is train else self._projected(self.rows(dataset))
+        right = None if dataset is self.train else self._projected(self.rows(dataset))
         return features_product(self._projected_training(), right, self.options.class_diagonal)[None]
 
     def _projected_training(self) -> Chunks:
-        train = self.trainer.train_dataset
-        if self._training_features is None or self._training_features[0] is not train:
-            saved = isinstance(train, TrainingFeatures)
-            chunks = MemoryChunks.of(train.features) if saved else self._projected(self.rows(train))
-            self._training_features = train, chunks
-        return self._training_features[1]
+        if self._training_features is None:
+            saved = isinstance(self.train, TrainingFeatures)
+            self._training_features = (
+                MemoryChunks.of(self.train.features) if saved else self._projected(self.rows(self.train))
+            )
+        return self._training_features
 
     def training_data(self) -> TrainingRows | TrainingFeatures:
         """The training data in the form that is needed to predict new rows."""
         if self.computation.projected is None:
-            return TrainingRows(self.rows(self.trainer.train_dataset))
+            return TrainingRows(self.rows(self.train))
         chunks = self._projected_training()
         return TrainingFeatures(torch.cat([read_chunk(chunks, i) for i in range(len(chunks.edges))]))
 
@@ -231,7 +234,7 @@ class KernelSource:
         folder = Path(self.args.load_kernels).expanduser()
         task = self.args.kernel_task_name or store.find_task(folder, split)
         kernel, labels = store.read_kernel(folder, split, task)
-        n1, n2 = len(self.trainer.train_dataset), len(dataset)
+        n1, n2 = len(self.train), len(dataset)
         c = 1 if self.options.binary_classification else self.trainer.model.config.num_labels
         wanted = (self.options.formula.kernels, n1, c, n2, c)
         if tuple(kernel.shape) != wanted:
