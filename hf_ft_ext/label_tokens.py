@@ -9,6 +9,7 @@ from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.problem_types import MULTI_LABEL, REGRESSION
 
 IGNORED = -100  # the label of tokens that are not predicted, as in transformers
 _NOT_SHIFTED = ("XLNetLMHeadModel", "XLMWithLMHeadModel")  # transformers calls them causal; they predict in place
@@ -92,9 +93,9 @@ def check_row_labels(labels: torch.Tensor, classes: int, problem_type: str | Non
         InputError: a label that is not a class id (with several labels per row: not 0 or 1), or not finite.
     """
     several = problem_type is None and labels.is_floating_point() and labels.ndim == 2 and classes > 1
-    if problem_type == "regression" or (problem_type is None and classes == 1):
+    if problem_type == REGRESSION or (problem_type is None and classes == 1):
         wrong, expected = ~labels.isfinite(), "a finite number"
-    elif problem_type == "multi_label_classification" or several:
+    elif problem_type == MULTI_LABEL or several:
         wrong = ~((labels >= 0) & (labels <= 1)) if soft else (labels != 0) & (labels != 1)
         expected = "from 0 to 1" if soft else "0 or 1"
     else:

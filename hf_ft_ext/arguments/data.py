@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass, field
 
+from hf_ft_ext.problem_types import CLASSIFICATION, REGRESSION
+
 DEFAULT_LENGTH = 128
 FEW_SHOT_SPLITS = ("k-shot", "k-shot-10x", "k-shot-1k-test")
 QUOTINGS = ("auto", "none", "minimal", "backslash")
-PROBLEM_TYPES = ("single_label_classification", "regression")
+PROBLEM_TYPES = (CLASSIFICATION, REGRESSION)
 SAMPLES = FIRST, RANDOM, STRATIFIED = ("first", "random", "stratified")
 WORD_SCORINGS = ("first_token", "sequence", "sequence_mean")
 FEW_SHOT_TYPES = FINETUNE, PROMPT, PROMPT_DEMO = ("finetune", "prompt", "prompt-demo")

@@ -12,7 +12,7 @@ from hf_ft_ext.data.origins import Origins, SplitOrigin
 from hf_ft_ext.data.task_data import LABEL, TaskData
 from hf_ft_ext.data.tasks import GLUE_ID
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.metrics import MULTI_LABEL, REGRESSION
+from hf_ft_ext.problem_types import MULTI_LABEL, REGRESSION
 
 DEFAULT_SEED = 13  # the first of the source's five: 13, 21, 42, 87, 100
 TEST_ROWS = 1000  # of k-shot-1k-test

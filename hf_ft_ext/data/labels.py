@@ -12,7 +12,7 @@ from datasets import ClassLabel, Dataset, Value
 
 from hf_ft_ext.data.tasks import Task
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.metrics import CLASSIFICATION, REGRESSION
+from hf_ft_ext.problem_types import CLASSIFICATION, REGRESSION
 
 _NUMBER = re.compile(r"[+-]?[0-9]+([.,][0-9]+)?")
 _KEPT_AS_TEXT = re.compile(r"\s|\+|-?0[0-9]|.*\s$")  # numbers in this spelling are read as text: they may be ids

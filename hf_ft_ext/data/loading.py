@@ -22,7 +22,8 @@ from hf_ft_ext.data.stream import in_memory, usable_rows
 from hf_ft_ext.data.task_data import LABEL, TaskData
 from hf_ft_ext.data.tasks import GLUE_ID, Task, get_task
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.metrics import MULTI_LABEL, REGRESSION, default_metrics, metric_function
+from hf_ft_ext.metrics import default_metrics, metric_function
+from hf_ft_ext.problem_types import MULTI_LABEL, REGRESSION
 
 _NO_TEXT = {"id", "idx", "index", "guid", "label_text"}
 _STRINGS = {"string", "large_string", "string_view"}

@@ -13,7 +13,8 @@ from datasets import ClassLabel, Dataset, Value
 from hf_ft_ext.data.labels import in_order
 from hf_ft_ext.data.tasks import Task
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.metrics import MULTI_LABEL, evident_positive
+from hf_ft_ext.metrics import evident_positive
+from hf_ft_ext.problem_types import MULTI_LABEL
 
 Roles = Sequence[tuple[str, str, Dataset]]  # (role, split name, rows)
 

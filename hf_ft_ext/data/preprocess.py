@@ -11,7 +11,7 @@ from hf_ft_ext.arguments import DEFAULT_LENGTH, DataArguments
 from hf_ft_ext.data import multi_label as ml
 from hf_ft_ext.data.task_data import LABEL, TaskData
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.metrics import MULTI_LABEL, REGRESSION
+from hf_ft_ext.problem_types import MULTI_LABEL, REGRESSION
 
 # transformers gives a tokenizer without a length limit a limit of about 1e30.
 _NO_LIMIT = 10**9

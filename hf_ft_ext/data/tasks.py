@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datasets import Dataset
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.metrics import CLASSIFICATION, REGRESSION
+from hf_ft_ext.problem_types import CLASSIFICATION, REGRESSION
 
 
 @dataclass(frozen=True)

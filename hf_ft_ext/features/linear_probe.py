@@ -18,10 +18,10 @@ from hf_ft_ext.features.head import HeadReader
 from hf_ft_ext.features.linear_fit import LinearFit, fit_classes, fit_labels, fit_probability, fit_regression
 from hf_ft_ext.features.rows import inputs_of, labels_of, read_in_order, sample_rows
 from hf_ft_ext.label_tokens import check_row_labels
-from hf_ft_ext.metrics import MULTI_LABEL, REGRESSION
 from hf_ft_ext.offload import input_device
 from hf_ft_ext.per_example.outputs import logits_of
 from hf_ft_ext.per_example.state import batch_size, evaluating
+from hf_ft_ext.problem_types import MULTI_LABEL, REGRESSION
 from hf_ft_ext.prompts.configuration import PromptConfig
 from hf_ft_ext.prompts.model import is_prompt_model
 from hf_ft_ext.prompts.readout import Reading

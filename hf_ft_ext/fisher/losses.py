@@ -22,9 +22,9 @@ from hf_ft_ext.label_tokens import (
 )
 from hf_ft_ext.moved import former_classes
 from hf_ft_ext.per_example.outputs import logits_of, loss_of
+from hf_ft_ext.problem_types import CLASSIFICATION, MULTI_LABEL, REGRESSION
 
 LABELS = TRUE, EXPECTED = ("true", "expected")
-REGRESSION, SINGLE_LABEL, MULTI_LABEL = ("regression", "single_label_classification", "multi_label_classification")
 
 PerExampleLoss = Callable[[Any, dict], torch.Tensor]
 
@@ -68,15 +68,15 @@ def problem_type_of(model: nn.Module, labels: torch.Tensor | None) -> str:
     floating = labels is not None and labels.is_floating_point()
     if problem is None:
         several = labels is not None and floating and labels.ndim == 2
-        problem = REGRESSION if config.num_labels == 1 else MULTI_LABEL if several else SINGLE_LABEL
+        problem = REGRESSION if config.num_labels == 1 else MULTI_LABEL if several else CLASSIFICATION
     if labels is None:
         return problem
-    if problem == SINGLE_LABEL and floating:
+    if problem == CLASSIFICATION and floating:
         raise InputError(
             f"labels have dtype {_dtype_name(labels)}, but the model has {config.num_labels} classes; pass class "
             "indices as integers, or set problem_type (regression, multi_label_classification) in the model's config"
         )
-    if problem == SINGLE_LABEL and labels.numel() != len(labels):
+    if problem == CLASSIFICATION and labels.numel() != len(labels):
         raise InputError(
             f"labels have shape {tuple(labels.shape)}, but the model predicts one of {config.num_labels} classes per "
             "example; pass one integer per example, or set problem_type=multi_label_classification in the model's "
@@ -98,7 +98,7 @@ def losses_of_logits(logits: torch.Tensor, labels: torch.Tensor, problem_type: s
     """The model's loss of each example: `[batch]`."""
     if problem_type == REGRESSION:  # mean over outputs of (f - y)^2
         return (logits.reshape(len(logits), -1) - labels.reshape(len(logits), -1).to(logits.dtype)).square().mean(1)
-    if problem_type == SINGLE_LABEL:  # -log p_y
+    if problem_type == CLASSIFICATION:  # -log p_y
         return nn.functional.cross_entropy(logits, labels.reshape(-1), reduction="none")
     # mean over labels k of -(y_k log p_k + (1 - y_k) log(1 - p_k))
     targets = labels.to(logits.dtype)
@@ -278,7 +278,7 @@ class FisherScalars:
         return self._expected(logits)
 
     def _expected(self, logits: torch.Tensor) -> torch.Tensor:
-        if self.problem_type == SINGLE_LABEL:
+        if self.problem_type == CLASSIFICATION:
             # E_y |d(-log p_y)/dtheta|^power = sum_k p_k |d(-log p_k)/dtheta|^power
             losses = -logits.log_softmax(-1)
             self.weights = (-losses).detach().exp()

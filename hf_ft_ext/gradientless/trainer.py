@@ -46,8 +46,8 @@ from hf_ft_ext.gradientless.targets import masks_of_run, prepare_offloaded, sear
 from hf_ft_ext.gradientless.trajectory import FILE as TRAJECTORY
 from hf_ft_ext.gradientless.trajectory import rewind_to_best, save_trajectory
 from hf_ft_ext.label_tokens import label_count, predicts_next_tokens
-from hf_ft_ext.metrics import REGRESSION
 from hf_ft_ext.models.peft import wrap_with_peft
+from hf_ft_ext.problem_types import REGRESSION
 from hf_ft_ext.prompts.model import is_prompt_model
 from hf_ft_ext.training.checks import check_full_batch
 from hf_ft_ext.training.finite import StopAtNaN

@@ -26,8 +26,9 @@ from hf_ft_ext.errors import InputError
 from hf_ft_ext.files import write_json, write_text
 from hf_ft_ext.launch.defaults import task_label
 from hf_ft_ext.launch.language import LanguageRun, loading_class, write_predictions
-from hf_ft_ext.metrics import MULTI_LABEL, REGRESSION, MetricFunction, best_thresholds, probabilities
+from hf_ft_ext.metrics import MetricFunction, best_thresholds, probabilities
 from hf_ft_ext.models import model_label, model_source
+from hf_ft_ext.problem_types import MULTI_LABEL, REGRESSION
 from hf_ft_ext.prompts.model import is_prompt_model
 from hf_ft_ext.training.runs.plan import align, total_parameters, trained_weights
 from hf_ft_ext.training.runs.record import RUN_RECORD, write_run_record

@@ -14,7 +14,8 @@ from transformers.trainer_utils import SaveStrategy, SchedulerType
 from hf_ft_ext.arguments import PROMPT_DEMO, DataArguments, MethodTrainingArguments, RunArguments
 from hf_ft_ext.data.multi_label import SEPARATOR
 from hf_ft_ext.errors import InputError, did_you_mean, first_line
-from hf_ft_ext.metrics import MULTI_LABEL, REGRESSION, MetricFunction
+from hf_ft_ext.metrics import MetricFunction
+from hf_ft_ext.problem_types import MULTI_LABEL, REGRESSION
 from hf_ft_ext.training.saved.checkpoints import check_fits, steps_done
 from hf_ft_ext.training.weights.devices import refuse_data_parallel
 from hf_ft_ext.training.weights.sharding import refuse_sharding_on_cpu

@@ -12,10 +12,11 @@ from hf_ft_ext.metrics.glue import (
     load_metric,
     primary_key,
 )
-from hf_ft_ext.metrics.outputs import CLASSIFICATION, MULTI_LABEL, REGRESSION, probabilities
+from hf_ft_ext.metrics.outputs import probabilities
 from hf_ft_ext.metrics.positive import evident_positive, positive_id
 from hf_ft_ext.metrics.scores import MULTI_LABEL_METRICS, SCORES
 from hf_ft_ext.metrics.thresholds import AUTO, best_thresholds, parse_threshold
+from hf_ft_ext.problem_types import CLASSIFICATION, MULTI_LABEL, REGRESSION
 
 __all__ = [
     "AUTO",

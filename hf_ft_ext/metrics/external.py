@@ -14,7 +14,8 @@ import numpy as np
 from transformers import EvalPrediction
 
 from hf_ft_ext.errors import InputError, first_line
-from hf_ft_ext.metrics.outputs import CLASSIFICATION, MULTI_LABEL, REGRESSION, Outputs, probabilities
+from hf_ft_ext.metrics.outputs import Outputs, probabilities
+from hf_ft_ext.problem_types import CLASSIFICATION, MULTI_LABEL, REGRESSION
 
 External = Callable[[Outputs], dict[str, float]]
 

@@ -10,18 +10,11 @@ from transformers import EvalPrediction
 from hf_ft_ext.errors import InputError, did_you_mean
 from hf_ft_ext.metrics.external import External, evaluate_metric, function_metric, user_metric
 from hf_ft_ext.metrics.glue import METRICS, check_metric
-from hf_ft_ext.metrics.outputs import (
-    CLASSIFICATION,
-    MULTI_LABEL,
-    REGRESSION,
-    Outputs,
-    Thresholds,
-    make_outputs,
-    problem_of,
-)
+from hf_ft_ext.metrics.outputs import Outputs, Thresholds, make_outputs, problem_of
 from hf_ft_ext.metrics.positive import evident_positive, positive_id
 from hf_ft_ext.metrics.scores import MULTI_LABEL_METRICS, SCORES
 from hf_ft_ext.metrics.thresholds import as_thresholds, best_thresholds, parse_threshold
+from hf_ft_ext.problem_types import CLASSIFICATION, MULTI_LABEL, REGRESSION
 
 Metric = str | Callable
 _SAMPLE = 48  # rows of the random sample for finding a metric's keys

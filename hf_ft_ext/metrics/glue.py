@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.metrics.outputs import CLASSIFICATION, REGRESSION
+from hf_ft_ext.problem_types import CLASSIFICATION, REGRESSION
 
 logger = logging.getLogger(__name__)
 

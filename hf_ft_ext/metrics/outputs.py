@@ -8,10 +8,7 @@ from typing import TypeAlias
 import numpy as np
 
 from hf_ft_ext.errors import InputError
-
-CLASSIFICATION = "single_label_classification"
-REGRESSION = "regression"
-MULTI_LABEL = "multi_label_classification"
+from hf_ft_ext.problem_types import CLASSIFICATION, MULTI_LABEL, REGRESSION
 
 Thresholds: TypeAlias = float | np.ndarray
 

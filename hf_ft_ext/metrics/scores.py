@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hf_ft_ext.metrics.outputs import CLASSIFICATION, MULTI_LABEL, Outputs
+from hf_ft_ext.metrics.outputs import Outputs
+from hf_ft_ext.problem_types import CLASSIFICATION, MULTI_LABEL
 
 _BOTH = (CLASSIFICATION, MULTI_LABEL)
 

@@ -3,7 +3,8 @@
 import numpy as np
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.metrics.outputs import MULTI_LABEL, Thresholds, probabilities
+from hf_ft_ext.metrics.outputs import Thresholds, probabilities
+from hf_ft_ext.problem_types import MULTI_LABEL
 
 AUTO = "auto"
 

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.metrics import CLASSIFICATION, REGRESSION
+from hf_ft_ext.problem_types import CLASSIFICATION, REGRESSION
 
 logger = logging.getLogger(__name__)
 

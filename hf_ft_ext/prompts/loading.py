@@ -10,7 +10,7 @@ from hf_ft_ext.arguments import AUTO, FINETUNE, PROMPT_DEMO, DataArguments, FewS
 from hf_ft_ext.data.few_shot import label_bounds
 from hf_ft_ext.data.task_data import TaskData
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.metrics import MULTI_LABEL, REGRESSION
+from hf_ft_ext.problem_types import MULTI_LABEL, REGRESSION
 from hf_ft_ext.prompts.configuration import PromptConfig
 from hf_ft_ext.prompts.model import PromptForSequenceClassification
 from hf_ft_ext.prompts.readout import Reading, reading_of

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.metrics import CLASSIFICATION, REGRESSION
+from hf_ft_ext.problem_types import CLASSIFICATION, REGRESSION
 from hf_ft_ext.prompts.configuration import PromptConfig
 from hf_ft_ext.prompts.readout import Reading, reading_of
 from hf_ft_ext.prompts.templates.encode import answer_context, answer_id, row_end

@@ -10,12 +10,11 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import is_liger_kernel_available
 
 from hf_ft_ext.errors import InputError, did_you_mean
-from hf_ft_ext.metrics import REGRESSION
+from hf_ft_ext.problem_types import MULTI_LABEL, REGRESSION
 from hf_ft_ext.training.weights.sharding import refuse_sharding_on_cpu
 
 _PACKAGES = {"azure_ml": "azureml-core mlflow", "comet_ml": "comet_ml", "flyte": "flytekit"}
 _NOT_LISTED = ("flyte",)  # transformers does not look for it
-_MULTI_LABEL = "multi_label_classification"
 
 
 def check_training_arguments(args: TrainingArguments) -> None:
@@ -49,7 +48,7 @@ def check_loss(args: TrainingArguments, model: nn.Module) -> None:
     classifier = type(getattr(model, "get_base_model", lambda: model)()).__name__.endswith("SequenceClassification")
     if problem == REGRESSION or (problem is None and classifier and getattr(config, "num_labels", None) == 1):
         kind = "this task is a regression"
-    elif problem == _MULTI_LABEL:
+    elif problem == MULTI_LABEL:
         kind = "the rows of this task have several labels"
     else:
         return

@@ -9,8 +9,8 @@ from torch.nn import functional
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.label_tokens import check_row_labels
+from hf_ft_ext.problem_types import MULTI_LABEL, REGRESSION
 
-MULTI_LABEL = "multi_label_classification"
 OBJECTIVES = LOSS, ACCURACY, F1, MATTHEWS = ("loss", "accuracy", "f1", "matthews")
 Objective = Callable[[torch.Tensor, torch.Tensor], torch.Tensor | float]
 _UNSMOOTHED = "label_smoothing_factor={} smooths one class per row, but rows have several labels; leave it out"
@@ -57,7 +57,7 @@ def make_objective(
                 "is of all of them; leave it out"
             )
         return _multi_label_objective(name)
-    if problem_type == "regression" or num_labels < 2:
+    if problem_type == REGRESSION or num_labels < 2:
         raise InputError(f"search_objective={name} is for classes, but this task is regression; use loss")
     if name == F1 and num_labels != 2:
         raise InputError(f"search_objective=f1 is for two classes, but the model has {num_labels}; use matthews")
@@ -93,7 +93,7 @@ def check_labels(config: Any, *labels: torch.Tensor) -> None:
             finite.
     """
     classes, problem = config.num_labels, config.problem_type
-    regression = problem == "regression" or (problem is None and classes == 1)
+    regression = problem == REGRESSION or (problem is None and classes == 1)
     for some in labels:
         several = problem == MULTI_LABEL or some.is_floating_point()
         if not regression and several and (problem not in (None, MULTI_LABEL) or some.shape[1:] != (classes,)):
@@ -133,7 +133,7 @@ def row_losses(
 ) -> torch.Tensor:
     """Loss of each row: logits `[..., rows, classes]` -> `[..., rows]`."""
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-    if problem_type == "regression" or (problem_type is None and logits.shape[-1] == 1):
+    if problem_type == REGRESSION or (problem_type is None and logits.shape[-1] == 1):
         labels = labels.to(logits.dtype).reshape(logits.shape[-2], -1)
         return (logits - labels).square().mean(-1)
     if problem_type == MULTI_LABEL or (problem_type is None and labels.is_floating_point()):

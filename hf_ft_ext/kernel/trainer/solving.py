@@ -30,10 +30,10 @@ from hf_ft_ext.kernel.solvers import (
 )
 from hf_ft_ext.kernel.trainer.solved import SolvedKernelTrainer
 from hf_ft_ext.label_tokens import check_row_labels
-from hf_ft_ext.metrics import MULTI_LABEL, REGRESSION
 from hf_ft_ext.models import seeded_init
 from hf_ft_ext.models.peft import wrap_with_peft
 from hf_ft_ext.per_example.capture import Function
+from hf_ft_ext.problem_types import CLASSIFICATION, MULTI_LABEL, REGRESSION
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.method_trainer import overridden
 from hf_ft_ext.training.runs.plan import TrainedWeight
@@ -191,7 +191,7 @@ class KernelTrainer(SolvedKernelTrainer):
             check_row_labels(found, 1, REGRESSION)
             return labels
         config = self.model.config
-        check_row_labels(found, config.num_labels, MULTI_LABEL if self.multi_label else "single_label_classification")
+        check_row_labels(found, config.num_labels, MULTI_LABEL if self.multi_label else CLASSIFICATION)
         if not self.multi_label:
             check_labels(labels, [str(config.id2label[i]) for i in range(config.num_labels)])
         return labels

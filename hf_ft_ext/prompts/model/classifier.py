@@ -16,7 +16,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_ft_ext.adapters.folder import is_adapter_without_weights
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.metrics import REGRESSION
+from hf_ft_ext.problem_types import REGRESSION
 from hf_ft_ext.prompts.configuration import PromptConfig, saved_prompt
 from hf_ft_ext.prompts.making import load_language_model, prompt_config
 from hf_ft_ext.prompts.model.losses import class_loss, scale_loss
