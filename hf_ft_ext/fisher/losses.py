@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_ft_ext.classifier_losses import classifier_losses
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.label_tokens import (
     IGNORED,
@@ -94,17 +95,6 @@ def _dtype_name(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def losses_of_logits(logits: torch.Tensor, labels: torch.Tensor, problem_type: str) -> torch.Tensor:
-    """The model's loss of each example: `[batch]`."""
-    if problem_type == REGRESSION:  # mean over outputs of (f - y)^2
-        return (logits.reshape(len(logits), -1) - labels.reshape(len(logits), -1).to(logits.dtype)).square().mean(1)
-    if problem_type == CLASSIFICATION:  # -log p_y
-        return nn.functional.cross_entropy(logits, labels.reshape(-1), reduction="none")
-    # mean over labels k of -(y_k log p_k + (1 - y_k) log(1 - p_k))
-    targets = labels.to(logits.dtype)
-    return nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1)
-
-
 # --- models with a label per token --------------------------------------------------------------------
 
 
@@ -176,7 +166,7 @@ def _has_usual_loss(model: nn.Module, one: Mapping[str, torch.Tensor]) -> bool:
     """Whether a classifier returns the loss of transformers' classifiers for this example, or none."""
     problem, config = problem_type_of(model, one["labels"]), base_model(model).config
     before = config.problem_type
-    form = functools.partial(losses_of_logits, problem_type=problem)
+    form = functools.partial(classifier_losses, problem_type=problem)
     try:
         with torch.no_grad():
             if loss_of(model(**one)) is None:
@@ -274,7 +264,7 @@ class FisherScalars:
         logits = logits_of(model(**{key: value for key, value in batch.items() if key != "labels"}))
         if self.labels == TRUE:
             assert self.problem_type is not None  # given where `loss` is not
-            return losses_of_logits(logits, batch["labels"], self.problem_type)[:, None]
+            return classifier_losses(logits.reshape(len(logits), -1), batch["labels"], self.problem_type)[:, None]
         return self._expected(logits)
 
     def _expected(self, logits: torch.Tensor) -> torch.Tensor:

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from hf_ft_ext.classifier_losses import classifier_losses
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.label_tokens import check_row_labels
-from hf_ft_ext.problem_types import MULTI_LABEL, REGRESSION
+from hf_ft_ext.problem_types import CLASSIFICATION, MULTI_LABEL, REGRESSION
 
 OBJECTIVES = LOSS, ACCURACY, F1, MATTHEWS = ("loss", "accuracy", "f1", "matthews")
 Objective = Callable[[torch.Tensor, torch.Tensor], torch.Tensor | float]
@@ -131,24 +132,24 @@ def classification_loss(
 def row_losses(
     logits: torch.Tensor, labels: torch.Tensor, problem_type: str | None, smoothing: float = 0.0
 ) -> torch.Tensor:
-    """Loss of each row: logits `[..., rows, classes]` -> `[..., rows]`."""
+    """Loss of each row, in float32 or wider: logits `[..., rows, classes]` -> `[..., rows]`.
+
+    A search compares losses that differ little, so those of 16-bit logits are not rounded to 16 bits.
+    """
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-    if problem_type == REGRESSION or (problem_type is None and logits.shape[-1] == 1):
-        labels = labels.to(logits.dtype).reshape(logits.shape[-2], -1)
-        return (logits - labels).square().mean(-1)
-    if problem_type == MULTI_LABEL or (problem_type is None and labels.is_floating_point()):
+    classes = logits.shape[-1]
+    if problem_type is None:
+        several = labels.is_floating_point()
+        problem_type = REGRESSION if classes == 1 else MULTI_LABEL if several else CLASSIFICATION
+    if problem_type == MULTI_LABEL:
         if labels.shape != logits.shape[-2:]:
-            classes = logits.shape[-1]
             raise InputError(_UNSUITABLE.format(shape=tuple(labels.shape), dtype=labels.dtype, classes=classes))
         if smoothing:
             raise InputError(_UNSMOOTHED.format(smoothing))
-        labels = labels.to(logits.dtype).expand_as(logits)
-        return functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(-1)
-    log_probabilities = logits.log_softmax(-1)  # cross-entropy: -log p_y
-    index = labels.view(-1, 1).expand(*log_probabilities.shape[:-1], 1)
-    losses = -log_probabilities.gather(-1, index)[..., 0]
-    if smoothing:  # (1 - s) * cross-entropy + s * mean over the classes of -log p, as transformers' LabelSmoother
-        losses = (1 - smoothing) * losses - smoothing * log_probabilities.mean(-1)
+    losses = classifier_losses(logits, labels, problem_type)
+    if smoothing and problem_type == CLASSIFICATION:
+        # (1 - s) * cross-entropy + s * mean over the classes of -log p, as transformers' LabelSmoother
+        losses = (1 - smoothing) * losses - smoothing * logits.log_softmax(-1).mean(-1)
     return losses
 
 
