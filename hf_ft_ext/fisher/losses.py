@@ -1,6 +1,5 @@
 """Losses per example, and the scalars whose gradients a Fisher information sums."""
 
-import functools
 import inspect
 import itertools
 import math
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_ft_ext.classifier_losses import classifier_losses
+from hf_ft_ext.classifier_losses import classifier_losses, returns_classifier_loss
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.label_tokens import (
     IGNORED,
@@ -135,7 +134,9 @@ def own_loss(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Loss | None
     """
     one = _first_with_label(batch, predicts_next_tokens(model))
     if is_classifier(model):
-        return None if _has_usual_loss(model, one) else _by_model()
+        problem, classes = problem_type_of(model, one["labels"]), base_model(model).config.num_labels
+        usual = returns_classifier_loss(model, [one, _with_other_labels(one, classes)], problem)
+        return None if usual else _by_model()
     with torch.no_grad():
         output = model(**one)
         if loss_of(output) is None:
@@ -160,21 +161,6 @@ def _is_mean_of(
         output = model(**batch)
     own = loss_of(output)
     return own is not None and _same(form(logits_of(output), batch["labels"]).mean(0, keepdim=True), own)
-
-
-def _has_usual_loss(model: nn.Module, one: Mapping[str, torch.Tensor]) -> bool:
-    """Whether a classifier returns the loss of transformers' classifiers for this example, or none."""
-    problem, config = problem_type_of(model, one["labels"]), base_model(model).config
-    before = config.problem_type
-    form = functools.partial(classifier_losses, problem_type=problem)
-    try:
-        with torch.no_grad():
-            if loss_of(model(**one)) is None:
-                return True
-        classes = config.num_labels
-        return all(_is_mean_of(form, model, batch, classes) for batch in (one, _with_other_labels(one, classes)))
-    finally:
-        config.problem_type = before  # transformers stores what it infers from the labels
 
 
 def _with_other_labels(one: Mapping[str, Any], classes: int) -> dict[str, Any]:

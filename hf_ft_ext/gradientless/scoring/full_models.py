@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from hf_ft_ext.classifier_losses import returns_classifier_loss
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.gradientless.scoring.objectives import Objective, check_labels, classification_loss
-from hf_ft_ext.label_tokens import IGNORED, label_count, other_labels, spread_logits
-from hf_ft_ext.per_example.outputs import logits_of, loss_of
+from hf_ft_ext.gradientless.scoring.objectives import Objective, check_labels, inferred_problem_type
+from hf_ft_ext.label_tokens import IGNORED, label_count, other_labels
+from hf_ft_ext.per_example.outputs import logits_of
 from hf_ft_ext.per_example.state import evaluating
 
 Batch = Mapping[str, torch.Tensor]
@@ -110,27 +111,16 @@ def objective_of_logits(
 def has_usual_loss(model: nn.Module, batch: Batch) -> bool:
     """Whether a classifier of rows returns the loss of transformers' classifiers for this batch, or none.
 
-    A subclass may weigh the classes in its forward, and a model may have its `loss_function` replaced. Class weights
-    have no effect on rows of one class, nor on equal logits, so other labels and logits are compared too.
-
     Raises:
         InputError: the labels do not fit the classifier.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    problem, classes = inner.config.problem_type, inner.config.num_labels
-    check_labels(inner.config, batch["labels"])
-    for labels in (batch["labels"], other_labels(batch["labels"], classes)):
-        with torch.no_grad(), evaluating(model), spread_logits(model, classes):
-            output = model(**{**batch, "labels": labels})
-        inner.config.problem_type = problem  # transformers stores what it infers from the labels
-        loss, logits = loss_of(output), logits_of(output)
-        if loss is None:
-            return True
-        usual = classification_loss(logits, labels, problem)
-        rtol = 1e-4 if logits.dtype.itemsize > 2 else 3e-2
-        if not torch.allclose(usual.double(), loss.double(), rtol=rtol, atol=1e-6, equal_nan=True):
-            return False
-    return True
+    config = (model.get_base_model() if hasattr(model, "get_base_model") else model).config
+    labels = batch["labels"]
+    check_labels(config, labels)
+    problem_type = config.problem_type or inferred_problem_type(labels, config.num_labels)
+    batches = [batch, {**batch, "labels": other_labels(labels, config.num_labels)}]
+    with evaluating(model):
+        return returns_classifier_loss(model, batches, problem_type)
 
 
 def model_loss(

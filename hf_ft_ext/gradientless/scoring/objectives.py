@@ -138,9 +138,7 @@ def row_losses(
     """
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     classes = logits.shape[-1]
-    if problem_type is None:
-        several = labels.is_floating_point()
-        problem_type = REGRESSION if classes == 1 else MULTI_LABEL if several else CLASSIFICATION
+    problem_type = problem_type or inferred_problem_type(labels, classes)
     if problem_type == MULTI_LABEL:
         if labels.shape != logits.shape[-2:]:
             raise InputError(_UNSUITABLE.format(shape=tuple(labels.shape), dtype=labels.dtype, classes=classes))
@@ -151,6 +149,13 @@ def row_losses(
         # (1 - s) * cross-entropy + s * mean over the classes of -log p, as transformers' LabelSmoother
         losses = (1 - smoothing) * losses - smoothing * logits.log_softmax(-1).mean(-1)
     return losses
+
+
+def inferred_problem_type(labels: torch.Tensor, classes: int) -> str:
+    """The problem type that transformers infers for a configuration without one."""
+    if classes == 1:
+        return REGRESSION
+    return MULTI_LABEL if labels.is_floating_point() else CLASSIFICATION
 
 
 def _multi_label_objective(name: str) -> Objective:
