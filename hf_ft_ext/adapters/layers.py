@@ -19,7 +19,11 @@ class NameInLayer(NamedTuple):
 
 
 def plain_name(name: str) -> str:
-    """`name` as in the model without adapters: without the `base_layer` parts of wrapped modules."""
+    """`name` as in the model without adapters: without the `base_layer` parts of wrapped modules.
+
+    The original of a module that trains in full keeps its `original_module`: it is not used, so no configuration may
+    target it by the name of the module.
+    """
     return re.sub(r"(^|\.)base_layer(?=\.|$)", "", name).removeprefix(".")
 
 

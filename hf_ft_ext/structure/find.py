@@ -9,7 +9,7 @@ from torch import nn
 from hf_ft_ext.errors import InputError, first_line
 from hf_ft_ext.structure.heads import head_modules
 from hf_ft_ext.structure.layers import find_layers
-from hf_ft_ext.structure.parts import Structure
+from hf_ft_ext.structure.parts import Structure, unwrapped_name
 from hf_ft_ext.structure.roles import find_attentions, find_feed_forwards, first_calls
 from hf_ft_ext.structure.rows import trial_copy, trial_device, trial_rows
 from hf_ft_ext.structure.trace import Trace, run
@@ -44,7 +44,7 @@ def trace_structure(model: nn.Module) -> Structure:
     calls = first_calls(trace)
     attentions = find_attentions(trace)
     feed_forwards = find_feed_forwards(trace, attentions)
-    modules = {plain_name(name): module for name, module in model.named_modules()}
+    modules = {unwrapped_name(name): module for name, module in model.named_modules()}
     return Structure(
         model=type(model).__name__,
         layers=find_layers(trace, calls, attentions, feed_forwards, modules),
@@ -52,12 +52,6 @@ def trace_structure(model: nn.Module) -> Structure:
         head=_head(model),
         kinds={name: "tensor" if kind is None else kind.__name__ for name, kind in trace.kinds.items()},
     )
-
-
-def plain_name(name: str) -> str:
-    """`name` as in the model without adapters: without the parts that peft's wrappers add."""
-    wrappers = ("base_layer", "original_module")
-    return ".".join(part for part in name.split(".") if part not in wrappers)
 
 
 def _base_modules(module: nn.Module, name: str = "") -> Iterator[tuple[str, str]]:
@@ -75,7 +69,7 @@ def _trace(model: nn.Module) -> Trace:
     with trial_device(model):  # takes precedence over a `with torch.device(...)` of the caller
         for batch in trial_rows(model):
             try:
-                return run(trial_copy(model), batch, plain_name)
+                return run(trial_copy(model), batch)
             except Exception as error:  # a model may raise anything on inputs that it does not support
                 first = first or error
     reason = "none fit its inputs" if first is None else first_line(first)

@@ -105,3 +105,13 @@ class Structure:
     def attentions(self) -> tuple[Attention, ...]:
         """The attentions of all layers."""
         return tuple(part for layer in self.layers for part in layer.attentions)
+
+
+def unwrapped_name(name: str) -> str:
+    """`name` as in the model without adapters: without the parts that peft adds for a wrapped or a copied module.
+
+    The original of a module that trains in full (`original_module`) has the name of the module, as it is what runs in
+    a model whose adapters are disabled. `adapters.layers.plain_name` keeps it apart.
+    """
+    wrappers = ("base_layer", "original_module")
+    return ".".join(part for part in name.split(".") if part not in wrappers)

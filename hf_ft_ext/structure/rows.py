@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 ROWS, LENGTH = 2, 16
@@ -60,8 +61,10 @@ def trial_copy(model: nn.Module) -> nn.Module:
         # A wrapped forward (trl's fused head, accelerate's hooks) would call the forward of the original module.
         if hasattr(vars(module).get("forward"), "__wrapped__"):
             del module.forward
-        if isinstance(module, BaseTunerLayer):
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
             module._disable_adapters = True
+        if isinstance(module, ModulesToSaveWrapper):  # its `original_module` runs
+            module.modules_to_save = nn.ModuleDict()
     return other
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_ft_ext.structure.find import find_structure, plain_name
-from hf_ft_ext.structure.parts import Structure
+from hf_ft_ext.structure.find import find_structure
+from hf_ft_ext.structure.parts import Structure, unwrapped_name
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def default_targets(
         Names as peft expects them: the last parts of dotted names, as short as possible; `None` if there are none.
     """
     known = table.get(kind) if kind else None
-    names = [plain_name(name) for name, _ in model.named_modules()]
+    names = [unwrapped_name(name) for name, _ in model.named_modules()]
     if isinstance(known, str) or (known and any(_ends(name, known) for name in names)):
         return known
     found = query_and_value(find_structure(model))

@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
+from hf_ft_ext.structure.parts import unwrapped_name
+
 # Products of two matrices: the operator -> the positions of the two.
 _PRODUCTS = {"mm": (0, 1), "addmm": (1, 2), "bmm": (0, 1), "baddbmm": (1, 2), "_grouped_mm": (0, 1), "linear": (0, 1)}
 _NONLINEAR = frozenset(
@@ -167,7 +169,7 @@ class Tracer(TorchDispatchMode):
         self._order = 0
         for name, parameter in model.named_parameters():
             if (key := self._key(parameter)) is not None and key not in self._flows:
-                self._flows[key] = _Flow({}, parameters=frozenset([name]))
+                self._flows[key] = _Flow({}, parameters=frozenset([unwrapped_name(name)]))
 
     # --- storages -----------------------------------------------------------------------------------
 
@@ -283,16 +285,18 @@ class Tracer(TorchDispatchMode):
 
     # --- modules ------------------------------------------------------------------------------------
 
-    def watch(self, model: nn.Module, plain_name) -> None:
+    def watch(self, model: nn.Module) -> None:
         """Register hooks on all modules of `model`; they are never removed, so pass a temporary copy."""
         inner: set[nn.Module] = set()
         for name, module in model.named_modules():
             if module in inner:
                 continue
+            if isinstance(module, BaseTunerLayer):  # its adapters are disabled
+                inner.update({*module.modules()} - {module, *module.get_base_layer().modules()})
             if is_projection(module):
                 inner.update(m for m in module.modules() if m is not module)
-                self._watch_projection(plain_name(name), module)
-            self._watch_module(plain_name(name), module)
+                self._watch_projection(unwrapped_name(name), module)
+            self._watch_module(unwrapped_name(name), module)
 
     def _watch_projection(self, name: str, module: nn.Module) -> None:
         self.trace.kinds[name] = type(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module)
@@ -337,10 +341,10 @@ class Tracer(TorchDispatchMode):
         module.register_forward_hook(after, with_kwargs=True)
 
 
-def run(model: nn.Module, batch: dict[str, torch.Tensor], plain_name) -> Trace:
+def run(model: nn.Module, batch: dict[str, torch.Tensor]) -> Trace:
     """Trace one pass of `batch` through `model`, which must be a copy: it keeps the hooks."""
     tracer = Tracer(model)
-    tracer.watch(model, plain_name)
+    tracer.watch(model)
     with torch.no_grad(), _own_random_state(model), tracer:
         tracer.feed(batch)
         model(**batch)

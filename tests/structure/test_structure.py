@@ -199,8 +199,11 @@ def test_a_model_without_data_and_one_with_adapters_have_the_same_parts(kind):
         empty = tiny_classifier(kind)
         assert find_structure(empty).layers == expected.layers
     assert find_structure(copy.deepcopy(model).to("meta")).layers == expected.layers
-    adapted = get_peft_model(model, LoraConfig(target_modules="all-linear"))
-    assert find_structure(adapted) == expected and find_structure(model) == expected
+    first, in_full = expected.attentions[0], [*expected.attentions[0].output, *expected.head]
+    for settings in ({"target_modules": "all-linear"}, {"target_modules": first.query, "modules_to_save": in_full}):
+        adapted = get_peft_model(copy.deepcopy(model), LoraConfig(**settings))
+        assert find_structure(adapted) == expected
+    assert find_structure(model) == expected
 
 
 def test_other_heads_and_a_base_model():
