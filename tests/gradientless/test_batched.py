@@ -141,7 +141,7 @@ def test_a_head_that_calls_a_module_twice_is_evaluated_one_by_one(monkeypatch):
 
 
 def _refuse(self, features):
-    raise batched_heads.CannotBatch("a module of the head runs twice")
+    raise batched_heads.HeadCannotBatch("a module of the head runs twice")
 
 
 @pytest.mark.parametrize("model_type", READABLE)

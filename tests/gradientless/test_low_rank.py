@@ -12,7 +12,7 @@ from hf_ft_ext import SPSA, InputError, apply_trajectory, save_trajectory
 from hf_ft_ext.gradientless import trajectory
 from hf_ft_ext.gradientless.optimizers.perturbation import directions as directions_module
 from hf_ft_ext.gradientless.optimizers.perturbation.directions import Draw
-from hf_ft_ext.gradientless.optimizers.perturbation.perturb import CannotBatch, PerturbedForward
+from hf_ft_ext.gradientless.optimizers.perturbation.perturb import PerturbationsCannotBatch, PerturbedForward
 from hf_ft_ext.gradientless.scoring.full_models import objective_of_logits, repeat
 from hf_ft_ext.gradientless.scoring.objectives import make_objective
 
@@ -63,7 +63,7 @@ def test_candidates_of_one_forward_pass_equal_separate_models(model_type, kind, 
         with optimizer.perturbed_forward(*combinations):
             try:
                 at_once = model(**repeat(batch, 4)).logits.view(4, len(LABELS), -1)
-            except CannotBatch:
+            except PerturbationsCannotBatch:
                 assert model_type == "deberta-v2"  # relative positions are no rows
                 return
     torch.testing.assert_close(at_once, torch.stack(expected), rtol=1e-9, atol=1e-11)

@@ -21,7 +21,7 @@ from hf_ft_ext.gradientless.optimizers.base import (
 from hf_ft_ext.gradientless.optimizers.groups import check_block
 from hf_ft_ext.gradientless.optimizers.perturbation.directions import GAUSSIAN, Directions, Draw
 from hf_ft_ext.gradientless.optimizers.perturbation.estimates import FORWARD, ONE_SIDED, TWO_SIDED, Estimate
-from hf_ft_ext.gradientless.optimizers.perturbation.module_patch import CannotBatch
+from hf_ft_ext.gradientless.optimizers.perturbation.module_patch import PerturbationsCannotBatch
 from hf_ft_ext.gradientless.optimizers.perturbation.perturb import PerturbedForward
 from hf_ft_ext.gradientless.optimizers.perturbation.update_rules import CONSERVATIVE, SGD, Rounding, UpdateRule
 from hf_ft_ext.gradientless.optimizers.perturbation.watch import Reads
@@ -264,14 +264,14 @@ class SPSA(GradientFreeOptimizer):
             with self.perturbed_forward(*combinations):
                 losses = repeated(len(combinations))
             if losses is None:
-                raise CannotBatch("the objective is defined for whole batches only")
+                raise PerturbationsCannotBatch("the objective is defined for whole batches only")
             losses = losses.double().cpu()
             if not self.checked:
                 self._check_batching(combinations, closure, losses)
             return losses
-        except (CannotBatch, RuntimeError, ValueError, IndexError) as error:
+        except (PerturbationsCannotBatch, RuntimeError, ValueError, IndexError) as error:
             # Other errors are not specific to the batched pass: separate passes would raise them too.
-            if self.checked and not isinstance(error, CannotBatch):
+            if self.checked and not isinstance(error, PerturbationsCannotBatch):
                 raise
             logger.info("candidates are evaluated one by one: %s", error)
             self.batches = False
@@ -283,7 +283,7 @@ class SPSA(GradientFreeOptimizer):
         small = small or torch.is_autocast_enabled("cuda")
         tolerance = _TOLERANCE_16_BITS if small else _TOLERANCE
         if not torch.allclose(losses, expected, rtol=tolerance, atol=tolerance, equal_nan=True):
-            raise CannotBatch(
+            raise PerturbationsCannotBatch(
                 f"losses of the repeated batch differ by {float((losses - expected).abs().max()):.2g} from those of "
                 "separate forward passes"
             )

@@ -21,7 +21,7 @@ _MAX_OUTPUT_ENTRIES = 2**22  # of the widest layer in one evaluation: 16 MiB in 
 _SPARSE = 8  # use the sparse product if fewer than 1/8 of the entries of a linear layer change
 
 
-class CannotBatch(Exception):
+class HeadCannotBatch(Exception):
     """This head, or this parameter of it, has to be evaluated one candidate at a time."""
 
 
@@ -64,7 +64,7 @@ class BatchedHead:
 
         def record(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
             if id(module) in self.calls:
-                raise CannotBatch("a module of the head runs twice")
+                raise HeadCannotBatch("a module of the head runs twice")
             out = self._plain(module, x)
             self.calls[id(module)] = Call(len(self.calls), x, out)
             return out
@@ -154,7 +154,7 @@ class BatchedHead:
         for view, part in zip(views, parts, strict=True):
             owner, name = self.owner[id(view.parameter)]
             if id(owner) not in self.calls:
-                raise CannotBatch("a searched tensor is not part of the head's forward")
+                raise HeadCannotBatch("a searched tensor is not part of the head's forward")
             changed.setdefault(id(owner), _Changed()).parts[name] = (view, part)
         return changed
 

@@ -11,7 +11,7 @@ from hf_ft_ext.features import HeadReader
 from hf_ft_ext.gradientless.optimizers.activity import RowPass
 from hf_ft_ext.gradientless.optimizers.candidates import Candidates, IndexView, read_views, write_views
 from hf_ft_ext.gradientless.optimizers.direct_search import Sequential
-from hf_ft_ext.gradientless.scoring.batched_heads import BatchedHead, CannotBatch, chunks
+from hf_ft_ext.gradientless.scoring.batched_heads import BatchedHead, HeadCannotBatch, chunks
 from hf_ft_ext.gradientless.scoring.full_models import FullObjective
 from hf_ft_ext.gradientless.scoring.importance import divergence_scores, gradient_scores
 from hf_ft_ext.gradientless.scoring.objectives import Objective
@@ -68,7 +68,7 @@ class HeadEvaluation:
         """The objective at the current weights."""
         try:
             logits = self._begin()
-        except CannotBatch:
+        except HeadCannotBatch:
             logits = self.plain_logits()
         return float(self.objective(logits, self.labels))
 
@@ -86,7 +86,7 @@ class HeadEvaluation:
         if key not in self.sequential:
             try:
                 return self._batched(key, views, candidates, rows)
-            except CannotBatch as error:
+            except HeadCannotBatch as error:
                 logger.info("candidates are evaluated one by one: %s", error)
                 self.sequential.add(key)
         self.stale = True
@@ -119,7 +119,7 @@ class HeadEvaluation:
         size = max(1.0, float(expected.abs().max()))
         if not torch.allclose(logits[-1].float(), expected.float(), rtol=0, atol=_TOLERANCE * size, equal_nan=True):
             names = ", ".join(self.names[i] for i in key)
-            raise CannotBatch(f"batched logits of {names} differ from those of the plain head: it mixes rows")
+            raise HeadCannotBatch(f"batched logits of {names} differ from those of the plain head: it mixes rows")
         self.checked.add(key)
 
     def nodes(self) -> list[tuple[nn.Linear, torch.Tensor, torch.Tensor]]:
@@ -127,7 +127,7 @@ class HeadEvaluation:
         if self.stale:
             try:
                 self._begin()
-            except CannotBatch as error:
+            except HeadCannotBatch as error:
                 raise InputError(
                     f"node perturbation does not support this head: {error}; use search_method=spsa"
                 ) from None

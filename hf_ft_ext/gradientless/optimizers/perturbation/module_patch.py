@@ -15,8 +15,8 @@ from hf_ft_ext.gradientless.optimizers.perturbation.weights import Combination, 
 from hf_ft_ext.offload import is_offloaded
 
 
-class CannotBatch(Exception):
-    """These perturbations cannot run as one forward pass and have to run one after the other."""
+class PerturbationsCannotBatch(Exception):
+    """These perturbations cannot run as one forward pass of the model, and have to run one after the other."""
 
 
 class ModulePatch:
@@ -178,7 +178,7 @@ class ModulePatch:
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor) and value.ndim]
         by_rows = bool(tensors) and len(tensors[0]) == total
         if not by_rows and not (tensors and len(tensors[0]) == 1):
-            raise CannotBatch(f"the inputs of {type(self.user).__name__} have no dimension of rows")
+            raise PerturbationsCannotBatch(f"the inputs of {type(self.user).__name__} have no dimension of rows")
         results = []
         for position, candidate in enumerate(active):
             rows = slice(position * self.forward.rows, (position + 1) * self.forward.rows)
@@ -213,7 +213,7 @@ class ModulePatch:
             x = forward_ad.unpack_dual(x).primal
         if n > 1 and len(x) != n * self.forward.rows:
             if len(x) != 1:
-                raise CannotBatch(f"the inputs of {type(module).__name__} have no dimension of rows")
+                raise PerturbationsCannotBatch(f"the inputs of {type(module).__name__} have no dimension of rows")
             change = self._change(x.expand(n, *x.shape[1:]), left, right)
             return (output + change).repeat_interleave(self.forward.rows, 0)
         if self.forward.tangent:
@@ -269,8 +269,8 @@ def _joined(results: list[Any], repeat: int) -> Any:
         return None
     if isinstance(first, torch.Tensor):
         if repeat > 1 and len(first) != 1:
-            raise CannotBatch("an output of a module has no dimension of rows")
+            raise PerturbationsCannotBatch("an output of a module has no dimension of rows")
         return torch.cat([result.repeat_interleave(repeat, 0) if repeat > 1 else result for result in results])
     if type(first) in (tuple, list):
         return type(first)(_joined(list(parts), repeat) for parts in zip(*results, strict=True))
-    raise CannotBatch(f"a module returns a {type(first).__name__}")
+    raise PerturbationsCannotBatch(f"a module returns a {type(first).__name__}")

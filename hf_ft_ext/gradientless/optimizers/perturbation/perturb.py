@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.gradientless.optimizers.perturbation.directions import Directions, Draw
-from hf_ft_ext.gradientless.optimizers.perturbation.module_patch import CannotBatch, ModulePatch
+from hf_ft_ext.gradientless.optimizers.perturbation.module_patch import ModulePatch, PerturbationsCannotBatch
 from hf_ft_ext.gradientless.optimizers.perturbation.watch import Reads, watched_reads
 from hf_ft_ext.gradientless.optimizers.perturbation.weights import Combination, PerturbedWeights
 from hf_ft_ext.offload import ReadableTensors, StoredTensor
@@ -105,7 +105,7 @@ class PerturbedForward(PerturbedWeights):
         (the whole batch, then the whole batch again).
 
         Raises:
-            CannotBatch: in the forward pass: a module does not process the repeated rows independently.
+            PerturbationsCannotBatch: in the forward pass: a module does not process the repeated rows independently.
         """
         self.combinations, self.active, self.rows = combinations, range(len(combinations)), 0
         handles: list[Any] = []
@@ -140,5 +140,5 @@ class PerturbedForward(PerturbedWeights):
         values = [*args, *kwargs.values()]
         total = next((len(value) for value in values if isinstance(value, torch.Tensor) and value.ndim), 0)
         if total % len(self.combinations):
-            raise CannotBatch(f"{total} rows are not a batch repeated {len(self.combinations)} times")
+            raise PerturbationsCannotBatch(f"{total} rows are not a batch repeated {len(self.combinations)} times")
         self.rows = total // len(self.combinations)
