@@ -1,6 +1,18 @@
-"""Choice of entries over several tensors together: the largest by a score, or random ones."""
+"""Choice of what trains: tensors that are not frozen, and entries of several tensors together."""
+
+from collections.abc import Mapping
 
 import torch
+
+
+def without_frozen(parameters: Mapping[str, torch.Tensor]) -> tuple[list[str], list[str]]:
+    """Names of the parameters to choose from, and names of those left out because the user froze them.
+
+    If all are frozen, this says nothing about a part of them: then all are to choose from.
+    """
+    trained = [name for name, parameter in parameters.items() if parameter.requires_grad]
+    frozen = [name for name, parameter in parameters.items() if not parameter.requires_grad]
+    return (trained, frozen) if trained else (frozen, [])
 
 
 def largest_entries(scores: dict[str, torch.Tensor], k: int) -> dict[str, torch.Tensor]:
@@ -20,7 +32,11 @@ def largest_entries(scores: dict[str, torch.Tensor], k: int) -> dict[str, torch.
 
 
 def random_entries(shapes: dict[str, torch.Size], k: int, seed: int) -> dict[str, torch.Tensor]:
-    """Flat indices of `k` distinct entries of all tensors together, drawn uniformly; `k` is at most their number."""
+    """Flat indices of `k` distinct entries of all tensors together, drawn uniformly; `k` is at most their number.
+
+    `gradientless.optimizers.selection.random_subset` also draws distinct numbers, in another way, so that the same
+    seed gives other ones. Merging the two would change the results of one of them.
+    """
     sizes = torch.tensor([shape.numel() for shape in shapes.values()])
     ends = sizes.cumsum(0)
     total = int(ends[-1])

@@ -6,7 +6,7 @@ from collections import Counter
 import torch
 from torch import nn
 
-from hf_ft_ext.entries.choice import largest_entries, random_entries
+from hf_ft_ext.entries.choice import largest_entries, random_entries, without_frozen
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.fisher.arguments import BIAS_MASK, RANDOM_MASK, SCORED
 from hf_ft_ext.fisher.information import fisher_information
@@ -65,7 +65,10 @@ def choose_entries(
             f"{quantized[0]} is quantized ({body[quantized[0]].dtype}), so its entries cannot train; load the "
             "model in floating point, or train adapters on it (fisher_mode=single with lora)"
         )
-    body = _without_frozen(body)
+    names, frozen = without_frozen(body)
+    if frozen:
+        logger.info("%d frozen weights (%s, ...) are not part of the mask.", len(frozen), frozen[0])
+    body = {name: body[name] for name in names}
     if mask == BIAS_MASK:
         chosen = {name: torch.arange(p.numel()) for name, p in body.items() if name.rpartition(".")[2] == "bias"}
         if not chosen:
@@ -97,12 +100,3 @@ def _unshared(model: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str
             "%d weights that several modules share (%s, ...) are not part of the mask.", len(shared), shared[0]
         )
     return {name: p for name, p in parameters.items() if name not in shared}
-
-
-def _without_frozen(parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """Remove parameters that the user froze, unless all are frozen."""
-    trained = {name: p for name, p in parameters.items() if p.requires_grad}
-    if 0 < len(trained) < len(parameters):
-        first = next(name for name in parameters if name not in trained)
-        logger.info("%d frozen weights (%s, ...) are not part of the mask.", len(parameters) - len(trained), first)
-    return trained or parameters

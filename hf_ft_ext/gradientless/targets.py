@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from hf_ft_ext.entries.choice import without_frozen
 from hf_ft_ext.entries.delta import read_choice
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.features import head_parameters
@@ -53,7 +54,16 @@ def searched_parameters(model: nn.Module, target: str | None) -> dict[str, nn.Pa
         )
     found = {name: p for name, p in found.items() if p.numel()}
     if target in ("all", "head") and not isinstance(model, PeftModel):
-        found = _without_frozen(found, target)
+        kept, frozen = without_frozen(found)
+        if frozen:
+            logger.warning(
+                "search_target=%s: %d frozen parameters (%s, ...) are not searched; a regular expression that matches "
+                "their names includes them",
+                target,
+                len(frozen),
+                frozen[0],
+            )
+        found = {name: found[name] for name in kept}
     if isinstance(model, PeftModel):
         # peft keeps the untrained copy of a module that trains in full; no forward pass reads it
         found = {name: p for name, p in found.items() if ".original_module." not in name}
@@ -116,21 +126,6 @@ def masks_of_run(model: nn.Module, folder: str) -> tuple[list[str], dict[str, to
         masks[name] = torch.zeros(named[name].shape, dtype=torch.bool)
         masks[name].view(-1)[entries.long()] = True
     return [name for name in named if name in indices or name in in_full], masks
-
-
-def _without_frozen(found: dict[str, nn.Parameter], target: str) -> dict[str, nn.Parameter]:
-    """The parameters that require gradients; all of them if none does, as a search needs no gradients."""
-    trained = {name: p for name, p in found.items() if p.requires_grad}
-    if 0 < len(trained) < len(found):
-        first = next(name for name in found if name not in trained)
-        logger.warning(
-            "search_target=%s: %d frozen parameters (%s, ...) are not searched; a regular expression that matches "
-            "their names includes them",
-            target,
-            len(found) - len(trained),
-            first,
-        )
-    return trained or found
 
 
 def _is_packed(parameter: nn.Parameter, quantized: bool) -> bool:

@@ -6,6 +6,7 @@ import re
 from torch import nn
 
 from hf_ft_ext.adapters.layers import other_holder
+from hf_ft_ext.entries.choice import without_frozen
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.sparse.arguments import DEFAULT_DENSITY, DYNAMIC, HOSVD, NONE, PER_KIND, PER_LAYER, STRUCTURED
 from hf_ft_ext.sparse.basis import Basis
@@ -57,7 +58,10 @@ def convert_to_sparse(
     """
     targets = find_targets(model, target_modules)
     if target_modules is None:
-        targets = _without_frozen(targets)
+        kept, frozen = without_frozen({name: linear.weight for name, linear in targets.items()})
+        if frozen:
+            logger.info("%d frozen layers (%s, ...) are not converted", len(frozen), frozen[0])
+        targets = {name: targets[name] for name in kept}
     _refuse_shared(model, targets, support)
     counts = {name: entries_of(linear, name, n_params, density) for name, linear in targets.items()}
     bases: dict[str, Basis] = {}
@@ -166,11 +170,3 @@ def _refuse_shared(model: nn.Module, targets: dict[str, nn.Module], support: str
                 "out of target_modules, train a SparseGradConfig adapter, or load the model with "
                 "tie_word_embeddings=False"
             )
-
-
-def _without_frozen(targets: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    trained = {name: linear for name, linear in targets.items() if linear.weight.requires_grad}
-    if 0 < len(trained) < len(targets):
-        first = next(name for name in targets if name not in trained)
-        logger.info("%d frozen layers (%s, ...) are not converted", len(targets) - len(trained), first)
-    return trained or targets

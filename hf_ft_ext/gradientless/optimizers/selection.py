@@ -47,7 +47,8 @@ def select_indices(
 def random_subset(n: int, size: int, generator: torch.Generator) -> torch.Tensor:
     """Draw `size` different numbers below `n`, ascending; every subset is equally likely.
 
-    Time and memory grow with `size`, not with `n`: numbers are drawn until enough of them differ.
+    Time and memory grow with `size`, not with `n`: numbers are drawn until enough of them differ. The draw differs
+    from `entries.choice.random_entries`, so the same seed gives other numbers there.
     """
     if size > n // 2:
         return torch.randperm(n, generator=generator)[:size].sort().values
