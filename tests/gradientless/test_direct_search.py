@@ -382,9 +382,10 @@ def test_other_bad_input(caplog):
         two.load_state_dict(torch.optim.SGD(model.parameters()).state_dict())
 
 
-def test_a_tensor_does_not_move_to_an_option_whose_own_loss_is_not_finite():
+@pytest.mark.parametrize("options", ["2x1", "2x2"])
+def test_a_tensor_does_not_move_to_an_option_whose_own_loss_is_not_finite(options):
     first, second = (nn.Parameter(torch.zeros(1, dtype=torch.float64)) for _ in range(2))
-    search, option = DirectSearch([first, second], lr=1.0, options="2x1", num_candidates=8), None
+    search, option = DirectSearch([first, second], lr=1.0, options=options, num_candidates=8), None
 
     @torch.no_grad()
     def closure():

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.optim.optimizer import ParamsT
@@ -11,6 +12,7 @@ from hf_ft_ext.gradientless.optimizers.base import Closure, GradientFreeOptimize
 from hf_ft_ext.gradientless.optimizers.blocks import ParameterBlock
 from hf_ft_ext.gradientless.optimizers.candidates import Candidates, IndexView, read_views, write_views
 from hf_ft_ext.gradientless.optimizers.groups import check_group, evaluations, warn_of_sampling_size
+from hf_ft_ext.gradientless.optimizers.options import OptionTree
 from hf_ft_ext.gradientless.optimizers.selection import RANDOM
 
 Evaluate = Callable[[list[IndexView], Candidates, range], torch.Tensor]
@@ -161,15 +163,16 @@ class DirectSearch(GradientFreeOptimizer):
             # The tensor moves to the option, its leaf: none of its candidates counts if its own loss is not finite.
             by_leaf = objective.view(block.tree.n_leaves, -1)
             by_leaf[by_leaf[:, 0].isinf()] = math.inf
+        present = loss + penalty  # the objective at the current weights
+        if block.tree is not None:
+            found = EvaluatedTree(block.tree, candidates, losses, objective, shift, present)
+            return self._use_options(block, found, loss, evaluate)
         best = int(objective.argmin())
-        improves = float(objective[best]) < loss + penalty
-        if block.tree is None:
-            if improves:
-                block.write_entries(candidates.row(best + shift))
-                report_accepted(evaluate, best + shift)
-                loss = float(losses[best + shift])
-            return loss
-        return self._use_options(block, candidates, losses, objective, shift, improves, loss, evaluate)
+        if float(objective[best]) < present:
+            block.write_entries(candidates.row(best + shift))
+            report_accepted(evaluate, best + shift)
+            loss = float(losses[best + shift])
+        return loss
 
     def _evaluate(self, evaluate: Evaluate, block: ParameterBlock, candidates: Candidates) -> torch.Tensor:
         n, rows = len(candidates), self.exchange.mine(len(candidates))
@@ -179,35 +182,53 @@ class DirectSearch(GradientFreeOptimizer):
         self.evaluations += n
         return self.exchange.combine(losses)
 
-    @staticmethod
-    def _use_options(block, candidates, losses, objective, shift, improves, loss, evaluate) -> float | None:
+    def _use_options(
+        self, block: ParameterBlock, found: "EvaluatedTree", loss: float, evaluate: Evaluate
+    ) -> float | None:
         """Move the tensor to the best first-level option, or restart the tree; return the loss, `None` if unknown."""
-        tree, per_leaf = block.tree, len(objective) // block.tree.n_leaves
-        by_leaf = objective.view(tree.n_leaves, per_leaf)
-        first = tree.first_of(int(objective.argmin()) // per_leaf)
-        values = candidates.block()[shift:].to(block.compute)
-        leaves = candidates.starts[candidates.starts.shape[0] - tree.n_leaves :]
-        changes = values.view(tree.n_leaves, per_leaf, -1) - leaves[:, None]  # relative to their leaf
-        keep = min(tree.per_level, per_leaf)
-        if not improves:  # the m best of the changes just drawn are the new first level
-            order = objective.argsort(stable=True)[:keep]
+        tree, changes = found.tree, found.changes(block.compute)
+        keep = min(tree.per_level, found.per_leaf)
+        first = self._best_option(block, found, evaluate)
+        if first is None:  # the m best of the changes just drawn are the new first level
+            order = found.objective.argsort(stable=True)[:keep]
             tree.restart(changes.flatten(0, 1)[order])
             return loss
         share = tree.n_leaves // tree.widths[0]  # leaves below each first-level option
         below = slice(first * share, (first + 1) * share)
-        order = by_leaf[below].argsort(dim=1, stable=True)[:, :keep]
+        order = found.objective.view(tree.n_leaves, -1)[below].argsort(dim=1, stable=True)[:, :keep]
         children = changes[below].gather(1, order[..., None].expand(-1, -1, changes.shape[-1]).to(changes.device))
         option = tree.levels[0][first]
         is_leaf, moves = len(tree.levels) == 1, bool((option != 0).any())
         # With one level, the option is a leaf, and the first candidate of its group is the leaf itself.
-        row = shift + first * per_leaf if is_leaf else None
+        row = found.shift + first * found.per_leaf if is_leaf else None
         if moves:
             block.write_entries(read_views(block.views).to(block.compute) + option)
         tree.advance(first, children)
         if moves:
             report_accepted(evaluate, row)
-            loss = float(losses[row]) if is_leaf else None
+            return None if row is None else float(found.losses[row])
         return loss
+
+    def _best_option(self, block: ParameterBlock, found: "EvaluatedTree", evaluate: Evaluate) -> int | None:
+        """The first-level option whose subtree has the lowest objective; `None` if the tensor's own is as low.
+
+        With several levels, the option itself is not among the candidates. It is evaluated here: if its loss is not
+        finite, the candidates of its subtree do not count.
+        """
+        tree = found.tree
+        by_option = found.objective.view(tree.widths[0], -1)
+        while float(by_option.min()) < found.present:
+            first = int(by_option.argmin()) // by_option.shape[1]
+            option = tree.levels[0][first]
+            if len(tree.levels) == 1 or not (option != 0).any():
+                return first
+            values = read_views(block.views).to(block.compute) + option
+            alone = Candidates(values[None], [0], [0.0], [0], block.positions, 0, block.dtype, block.group["block"])
+            if self._evaluate(evaluate, block, alone).isfinite():
+                return first
+            self.rejected += 1
+            by_option[first] = math.inf
+        return None
 
     def _own_state(self) -> dict:
         return {**super()._own_state(), "blocks": [block.state() for block in self.blocks]}
@@ -228,6 +249,38 @@ class DirectSearch(GradientFreeOptimizer):
     def _groups_of_blocks(self) -> list[dict]:
         # torch replaces the group dictionaries when it loads a state, so the blocks need the new ones
         return [group for group in self.param_groups for _ in (range(1) if group["pool"] else group["params"])]
+
+
+@dataclass(frozen=True)
+class EvaluatedTree:
+    """The tree of options of one block, and its evaluated candidates: for each leaf, itself and K around it.
+
+    Attributes:
+        candidates, losses: all candidates with their losses, `[n]`.
+        objective: objectives of the leaves' candidates, `[leaves * (K + 1)]`; infinite where not finite.
+        shift: number of candidates before those of the first leaf: 1 if the current tensor is evaluated too, else 0.
+        present: the objective at the current weights.
+    """
+
+    tree: OptionTree
+    candidates: Candidates
+    losses: torch.Tensor
+    objective: torch.Tensor
+    shift: int
+    present: float
+
+    @property
+    def per_leaf(self) -> int:
+        """Number of candidates of each leaf, itself included."""
+        return len(self.objective) // self.tree.n_leaves
+
+    def changes(self, dtype: torch.dtype) -> torch.Tensor:
+        """Changes of the candidates relative to their leaf, `[leaves, K + 1, u]`."""
+        n_leaves = self.tree.n_leaves
+        values = self.candidates.block()[self.shift :].to(dtype)
+        starts = self.candidates.starts
+        leaves = starts[starts.shape[0] - n_leaves :]
+        return values.view(n_leaves, self.per_leaf, -1) - leaves[:, None]
 
 
 class Sequential:

@@ -15,10 +15,14 @@ logger = logging.getLogger(__name__)
 def evaluations(group: dict) -> int:
     """Largest number of losses that one block of the group evaluates in a step.
 
-    Without options K; with options m^l leaves, each with itself and K candidates, and the current tensor.
+    Without options K; with options m^l leaves, each with itself and K candidates, and the current tensor. With
+    several levels also the m options of the first one, as far as the best of their subtrees are candidates to move to.
     """
     options, k = parse_options(group["options"]), group["num_candidates"]
-    return k if options is None else options[0] ** options[1] * (k + 1) + 1
+    if options is None:
+        return k
+    width, levels = options
+    return width**levels * (k + 1) + 1 + (width if levels > 1 else 0)
 
 
 def check_group(group: dict) -> None:
