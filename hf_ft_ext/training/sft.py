@@ -192,7 +192,8 @@ def _from_logits(outputs: Any, labels: torch.Tensor, whole: bool = False) -> Any
     mask = labels != -100
     log_probs = log_p.gather(-1, labels.clamp(min=0)[..., None])[..., 0].masked_fill(~mask, 0)
     with torch.no_grad():
-        entropy = -(log_p.exp() * log_p).sum(-1).masked_fill(~mask, 0)
+        terms = log_p.exp() * log_p
+        entropy = -terms.masked_fill_(log_p == -torch.inf, 0).sum(-1).masked_fill(~mask, 0)  # lim p log p = 0
         is_top1 = (log_p.argmax(-1) == labels) & mask
     aux_loss = getattr(outputs, "aux_loss", None)
     return FusedCausalLMOutput(

@@ -158,3 +158,10 @@ def test_a_fused_head_that_is_a_hundredth_off_is_not_used(dtype):
 
     assert _fused_head_fits(Head(0.0), routers=False)
     assert not _fused_head_fits(Head(0.01), routers=False)
+
+
+def test_tokens_that_the_model_excludes_add_nothing_to_the_entropy():
+    logits = torch.tensor([0.0, 1.0, -torch.inf, 2.0]).expand(1, 3, 4)
+    found = _from_logits(CausalLMOutput(logits=logits), torch.tensor([[3, -100]]))
+    wanted = torch.distributions.Categorical(logits=logits[0, 0, [0, 1, 3]]).entropy()
+    torch.testing.assert_close(found.entropy, torch.stack([wanted, torch.zeros(())])[None])
