@@ -104,6 +104,11 @@ def build_optimizer(
                 f"{args.max_evaluations_per_step:,}; use fewer search_directions, or raise max_evaluations_per_step"
             )
         return optimizer
+    if args.search_carry and not any(p.element_size() == 2 and p.ndim > 1 for p in parameters):
+        logger.warning(
+            "search_carry is not used: it keeps rounding errors of 16-bit matrices, and none is searched here "
+            "(--dtype bfloat16 loads the weights in 16 bits)."
+        )
     return SPSA(
         groups,
         model,

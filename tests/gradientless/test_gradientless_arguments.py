@@ -238,6 +238,12 @@ def test_sampling_size_larger_than_every_tensor_warns(tmp_path, caplog):
     assert "sampling_size=5000 is more than the 1024 entries of the largest tensor" in caplog.text
 
 
+@pytest.mark.parametrize(("dtype", "used"), [(torch.float32, False), (torch.bfloat16, True)])
+def test_a_carried_rounding_error_without_16_bit_matrices_is_logged(tmp_path, caplog, dtype, used):
+    make(tmp_path, tiny_model().to(dtype), search_method="spsa", search_carry=True).create_optimizer()
+    assert ("search_carry is not used" in caplog.text) != used
+
+
 def test_two_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(GradientlessTrainingArguments, "n_gpu", property(lambda self: 2))
     with pytest.raises(InputError, match="one process sees 2 GPUs and would copy the model to all of them"):
