@@ -102,7 +102,8 @@ class SearchArguments(FeatureCacheArguments):
         default=None,
         metadata={
             "help": "SPSA, node, activity: directions per step, averaged; none = 1 (activity; spsa: two-sided, "
-            "forward), 8 (one-sided, population), 4 (node)."
+            "forward), 8 (one-sided, population), 4 (node). node: a layer uses at most as many as it has outputs, and "
+            "with next-layer at most as many as the next layer has: 2 with two classes."
         },
     )
     search_direction: str = field(
