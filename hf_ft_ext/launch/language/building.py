@@ -102,6 +102,7 @@ def check_language_options(run_args: RunArguments) -> None:
     refused = {
         "from_linearhead": "fits a classification head",
         "prediction_probabilities": "is about classes",
+        "l2_loss": "is a loss of class scores",
     }
     for name, reason in refused.items():
         if given.get(name):
