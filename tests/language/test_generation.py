@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import json
+import math
 import re
 import types
 
@@ -10,11 +11,12 @@ import pytest
 import torch
 from datasets import Dataset
 from decoders import decoder, save_decoder, subword_tokenizer
+from transformers.trainer_utils import EvalLoopOutput
 
 import run_glue
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.launch.language import encoder_decoder_rows
-from hf_ft_ext.launch.language.trainers import Generation, generate_texts, report_long_rows
+from hf_ft_ext.launch.language.trainers import Generation, Perplexity, generate_texts, report_long_rows
 from hf_ft_ext.metrics.generation import generation_metrics
 
 
@@ -159,6 +161,17 @@ def test_long_rows_are_counted(caplog):
     assert report_long_rows([3, 8], 8, "train") == 0
 
 
+@pytest.mark.parametrize(("loss", "perplexity"), [(2.0, math.exp(2)), (800.0, math.inf), (math.nan, math.nan)])
+def test_the_perplexity_of_a_loss_that_is_not_finite(loss, perplexity):
+    class Loop:
+        def evaluation_loop(self, metric_key_prefix):
+            self._sums += torch.tensor([3 * loss, 3])
+            return EvalLoopOutput(None, None, {}, 3)
+
+    found = type("Evaluation", (Perplexity, Loop), {})().evaluation_loop().metrics["eval_perplexity"]
+    assert found == pytest.approx(perplexity, nan_ok=True)
+
+
 # --- bad input through the launcher ----------------------------------------------------------------------
 
 
@@ -228,6 +241,7 @@ def folder(tmp_path_factory):
         pytest.param(
             "pairs", ("--method", "linearhead"), "method linearhead solves for class scores", id="linearhead"
         ),
+        ("pairs", ("--l2_loss",), "--l2_loss is a loss of class scores; leave it out, or --task_type causal_lm"),
         ("pairs", ("--metric", "f1"), "--metric f1 is about classes, and a language model writes text"),
         ("pairs", ("--text_columns", "prompt", "answer"), "split 'train' has no column 'answer', only prompt"),
         ("pairs", ("--task_name", "squat"), "task 'squat' is not a language-modelling task; did you mean 'squad'"),

@@ -87,7 +87,8 @@ class Perplexity(_Trainer):
             self._sums = None
         if tokens:
             mean = loss / tokens
-            output.metrics[f"{metric_key_prefix}_perplexity"] = math.exp(mean) if mean < 700 else math.inf
+            # NaN stays NaN
+            output.metrics[f"{metric_key_prefix}_perplexity"] = math.inf if mean >= 700 else math.exp(mean)
         return output
 
 
