@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, NoReturn, get_type_hints
 
@@ -23,7 +24,7 @@ from hf_ft_ext.arguments import (
 )
 from hf_ft_ext.errors import InputError, did_you_mean
 from hf_ft_ext.launch.choice import Choice, read_choice
-from hf_ft_ext.launch.values import checked
+from hf_ft_ext.launch.values import checked, unsettable
 from hf_ft_ext.methods import METHODS, Method, find_method, list_methods
 from hf_ft_ext.training.sharing.privacy import hide_tokens
 
@@ -93,6 +94,8 @@ class Parser(HfArgumentParser):
             self._parse_dataclass_field(groups[title], field)
             shown, *complements = self._actions[before:]
             shown.help = _HELP.get(field.name, shown.help)
+            if shown.type is not None and unsettable(self.hints[field.name]):
+                shown.type = _or_none(shown.type)
             if shown.choices is not None:
                 self.choices[field.name] = [str(choice) for choice in shown.choices]
                 shown.choices = None  # checked later, together with the recipe's values
@@ -140,6 +143,8 @@ class Parser(HfArgumentParser):
     def given(self, argv: list[str], recipe: dict[str, Any]) -> dict[str, Any]:
         """The options that the user set: the checked values of the recipe, overridden by the command line.
 
+        A word `none` of the command line takes a recipe's number or boolean back.
+
         Raises:
             InputError: unknown argument or key, or a value that cannot work.
         """
@@ -152,7 +157,8 @@ class Parser(HfArgumentParser):
                 raise InputError(f"unknown recipe key {key!r}{self._hint_for(key)}")
             if value is not None:
                 values[key] = checked(key, value, self.hints[key])
-        values = {key: value for key, value in values.items() if value is not None} | vars(line)
+        values |= vars(line)  # `--name none` takes back what the recipe sets
+        values = {key: value for key, value in values.items() if value is not None}
         for key, choices in self.choices.items():
             if key in values and str(values[key]) not in choices:
                 raise InputError(
@@ -272,6 +278,16 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
         text = super()._get_help_string(action) or ""
         return text.replace("(default: %(default)s)", f"(default: {_plain(action.default)})").strip()
+
+
+def _or_none(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """The conversion `kind` of a word of the command line, with `none` for no value; help and errors name `kind`."""
+
+    @functools.wraps(kind)
+    def convert(word: str) -> Any:
+        return None if word == "none" else kind(word)
+
+    return convert
 
 
 def _plain(value: Any) -> str:

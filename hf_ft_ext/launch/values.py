@@ -53,6 +53,11 @@ def checked(key: str, value: Any, hint: Any) -> Any:
     raise InputError(f"{key} needs {_needed(kinds)}, got {value!r}")
 
 
+def unsettable(hint: Any) -> bool:
+    """Whether the word `none` can only mean no value: `hint` allows `None`, and else numbers or booleans."""
+    return type(None) in get_args(hint) and set(_members(hint)) <= {int, float, bool}
+
+
 def _members(hint: Any) -> list[Any]:
     """The types that `hint` allows, except `None`."""
     if get_origin(hint) in (Union, types.UnionType):

@@ -41,6 +41,15 @@ def test_command_line_wins_over_the_recipe():
     }  # fmt: skip
 
 
+def test_none_on_the_command_line_takes_a_recipes_number_or_boolean_back():
+    path = recipe("method: sparse\nsparse_density: 0.1\nmax_eval_samples: 5\nsparse_basis: none\n")
+    run, _, data, training = parse(path, "--sparse_density", "none", "--sparse_n_params=40", "--max_eval_samples=none")
+    assert (training.sparse_density, training.sparse_n_params, data.max_eval_samples) == (None, 40, None)
+    assert training.sparse_basis == "none" and "sparse_density" not in run.given
+    with pytest.raises(InputError, match="--seed: invalid int value: 'none'"):  # a seed has to be a number
+        parse("--method", "full", "--seed", "none")
+
+
 def test_method_from_the_command_line_and_dashes():
     path = recipe("method: lora\nseed: 3\nmax-seq-length: 20\n")
     run, _, data, training = parse(path, "--method=full", "--num-train-epochs", "2")
