@@ -265,7 +265,7 @@ class DataArguments(LanguageArguments, FewShotArguments):
         default=None,
         metadata={
             "help": f"Tokens per example after truncation, special tokens included; none = {DEFAULT_LENGTH}, with "
-            "prompts the task's own."
+            "prompts the task's own; less where the model has fewer positions."
         },
     )
     pad_to_max_length: bool = field(

@@ -86,19 +86,24 @@ def column_type(name: str) -> Value:
 def check_length(tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, model_max_length: int | None) -> int:
     """Return `max_seq_length` after checking it against the limits of model and tokenizer.
 
+    Without one, the length is the default, or the smaller limit, which is logged.
+
     Raises:
         InputError: it exceeds one of them.
     """
-    length = DEFAULT_LENGTH if data_args.max_seq_length is None else data_args.max_seq_length
+    length = data_args.max_seq_length
     limits = {"the model": model_max_length, "the tokenizer": tokenizer.model_max_length}
     limits = {who: limit for who, limit in limits.items() if limit is not None and limit < _NO_LIMIT}
-    if limits:
-        who, limit = min(limits.items(), key=lambda item: item[1])
-        if length > limit:
-            raise InputError(
-                f"--max_seq_length {length} is more than {who} can take ({limit} tokens); pass "
-                f"--max_seq_length {limit} or less"
-            )
+    who, limit = min(limits.items(), key=lambda item: item[1], default=("", _NO_LIMIT))
+    if length is None and limit < DEFAULT_LENGTH:
+        logger.info("Rows are cut to %d tokens, as many as %s can take (--max_seq_length).", limit, who)
+        return limit
+    length = DEFAULT_LENGTH if length is None else length
+    if length > limit:
+        raise InputError(
+            f"--max_seq_length {length} is more than {who} can take ({limit} tokens); pass "
+            f"--max_seq_length {limit} or less"
+        )
     return length
 
 

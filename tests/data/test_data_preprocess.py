@@ -133,6 +133,14 @@ def test_length_limits(tokenizer):
     assert len(tokenize(data, tokenizer, arguments(max_seq_length=64), model_max_length=64).train) == 1
 
 
+def test_the_default_length_is_the_models_where_that_is_less(tokenizer, caplog):
+    caplog.set_level("INFO", logger="hf_ft_ext")
+    data = task_data(texts("a " * 100, labels=[0]))
+    rows = tokenize(data, tokenizer, arguments(max_seq_length=None), model_max_length=32).train
+    assert len(rows["input_ids"][0]) == 32
+    assert "cut to 32 tokens, as many as the model can take (--max_seq_length)" in caplog.text
+
+
 def test_missing_text_names_the_row(tokenizer):
     rows = Dataset.from_dict({"sentence": ["a", None], "label": [0, 1]})
     with pytest.raises(InputError, match="column 'sentence' of split 'train' has no text in row 1"):
