@@ -107,6 +107,7 @@ def model_card(folder: str | os.PathLike, record: dict[str, Any], repo_id: str) 
         snippet=loading_snippet(run, trainer, record),
         delta=delta_code(run) if delta_code else None,
         command=shell_command(_command(public)),
+        parameters_text=getattr(trainer, "parameters_text", "trained parameters"),
         share=share_text(record.get("trainable_parameters"), record.get("total_parameters")),
         size=bytes_text(record["artefact_bytes"]) if record.get("artefact_bytes") else None,
         papers=_papers(trainer),

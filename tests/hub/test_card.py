@@ -33,6 +33,7 @@ def test_cards_cite_what_they_use(tmp_path, method):
     assert metadata["datasets"] == ["nyu-mll/glue"] and metadata["pipeline_tag"] == "text-classification"
     assert "## Paper" in text and text.count("```bibtex") == 1
     assert re.search(r"```bibtex\n@inproceedings\{", text) and "cpu, 2 threads" in text
+    assert ("| trained parameters |" in text) == (method != "kernel")  # a kernel changes no weight
 
 
 def test_cards_of_other_results(tmp_path):

@@ -65,6 +65,7 @@ class KernelTrainer(SolvedKernelTrainer):
     """
 
     solution = "a kernel"
+    parameters_text = "parameters of the kernel (no weight changes)"
     start_over = "run again with the same kernel_dir: finished blocks are reused"
 
     def __init__(
