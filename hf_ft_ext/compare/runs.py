@@ -16,6 +16,14 @@ _REPORT_SECONDS = 10  # part of the time limit that is reserved for the report
 INTERRUPTED = 130
 
 
+class _Interrupted(KeyboardInterrupt):
+    """The comparison was interrupted while the run of a variant and a seed was in progress for some seconds."""
+
+    def __init__(self, variant: str, seed: int, seconds: float):
+        super().__init__()
+        self.variant, self.seed, self.seconds = variant, seed, seconds
+
+
 def run_all(comparison: Comparison, start: float) -> int:
     """Run every variant with every seed, write `comparison.json` after each, and return the exit status.
 
@@ -45,7 +53,11 @@ def run_all(comparison: Comparison, start: float) -> int:
                 }  # fmt: skip
                 _write(comparison, entries, time.monotonic() - start)
                 logger.info("%s, seed %d: %s", variant.name, seed, outcome.reason or outcome.state)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        if isinstance(stop, _Interrupted):
+            entries[stop.variant, stop.seed] |= {
+                "state": STOPPED, "reason": "the comparison was interrupted", "seconds": round(stop.seconds, 1),
+            }  # fmt: skip
         logger.warning("interrupted: the report shows the finished runs; start the same command again to continue")
         _write(comparison, entries, time.monotonic() - start)
         return INTERRUPTED
@@ -60,7 +72,11 @@ def _one(comparison: Comparison, variant: Variant, seed: int, left: float | None
         took = f"; this method took {expected:.0f} s before" if expected else ""
         return Outcome(NOT_STARTED, reason=f"only {max(left, 0):.0f} s of --max_minutes were left{took}")
     logger.info("%s, seed %d: started, output in %s", variant.name, seed, log_of(folder))
-    outcome = run_or_find(folder, words, left)
+    start = time.monotonic()
+    try:
+        outcome = run_or_find(folder, words, left)
+    except KeyboardInterrupt as error:
+        raise _Interrupted(variant.name, seed, time.monotonic() - start) from error
     if outcome.state == STOPPED:
         return Outcome(STOPPED, reason=f"{outcome.reason}, at the end of --max_minutes", seconds=outcome.seconds)
     return outcome

@@ -256,8 +256,8 @@ def test_an_interruption_keeps_what_was_finished_before(monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("hf_ft_ext.compare.runs.run_or_find", interrupted)
-    assert main(["--methods", "full,lora"]) == 130
-    assert states() == {("full", 42): "not started", ("lora", 42): "done"}
+    assert main(["--methods", "full,lora,sparse"]) == 130
+    assert states() == {("full", 42): "stopped", ("lora", 42): "done", ("sparse", 42): "not started"}
 
 
 def test_only_what_is_missing_or_changed_is_run():
