@@ -11,6 +11,10 @@ class InputError(ValueError):
     """
 
 
+class DivergedError(InputError):
+    """Training has diverged: a loss or a weight is NaN or infinite."""
+
+
 class PushError(Exception):
     """A finished run could not be pushed to the Hub.
 

@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from hf_ft_ext.errors import InputError
+from hf_ft_ext.errors import DivergedError, InputError
 from hf_ft_ext.files import write_json
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def search_hyperparameters(
             "per_device_train_batch_size": trial.suggest_categorical("per_device_train_batch_size", BATCH_SIZES),
         }
         value = _value_of(build_trainer(_trial_arguments(args, values)), key)
-        value = value if math.isfinite(value) else worst  # a diverged trial must lose, not abort the search
+        value = value if math.isfinite(value) else worst
         study.tell(trial, value)
         trials.append({"trial": number, **values, key: value})
         logger.info("Trial %d of %d: %s", number + 1, n_trials, trials[-1])
@@ -73,8 +73,18 @@ def search_hyperparameters(
 
 
 def _value_of(trainer: Trainer, key: str) -> float:
-    """The metric `key` after training; all processes use the first process's value."""
-    trainer.train()
+    """The metric `key` after training; all processes use the first process's value.
+
+    NaN if training diverges: such a trial must lose, not abort the search. Several processes need not notice it in the
+    same step, so there the error ends the search.
+    """
+    try:
+        trainer.train()
+    except DivergedError as error:
+        if trainer.args.world_size > 1:
+            raise
+        logger.warning("The trial diverged: %s", error)
+        return math.nan
     (value,) = broadcast_object_list([trainer.evaluate()[key]])
     return value
 

@@ -5,7 +5,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
-from hf_ft_ext.errors import InputError
+from hf_ft_ext.errors import DivergedError
 from hf_ft_ext.training.checks import check_full_batch
 from hf_ft_ext.training.refusals import model_errors_as_input_errors
 from hf_ft_ext.training.saved.saving import CompleteSaves
@@ -17,7 +17,7 @@ _PATIENCE_FP16 = 20  # steps; loss scaling skips single steps with overflow and 
 
 
 class StopAtNaN(CompleteSaves):
-    """Mixin for a `Trainer` (before it in the bases) that raises an `InputError` at a NaN loss or NaN weights.
+    """Mixin for a `Trainer` (before it in the bases) that raises a `DivergedError` at a NaN loss or NaN weights.
 
     It is the base class of all trainers that take steps, so it also refuses `torch.nn.DataParallel` and an epoch
     without a batch (see `check_full_batch`).
@@ -56,21 +56,21 @@ class StopAtNaN(CompleteSaves):
         """Return `loss`, if it is finite.
 
         Raises:
-            InputError: it is not finite (with float16: twenty steps in a row).
+            DivergedError: it is not finite (with float16: twenty steps in a row).
         """
         if bool(torch.isfinite(loss).all()):
             self._not_finite = 0
             return loss
         self._not_finite += 1
         if not self.args.fp16 or self._not_finite >= _PATIENCE_FP16:
-            raise InputError(
+            raise DivergedError(
                 f"the loss is {loss.float().mean().item()} in step {self.state.global_step + 1}: {self._advice()}"
             )
         return loss
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if self.state.global_step > 0 and (name := first_not_finite(self.model)) is not None:
-            raise InputError(f"{name} holds NaN or infinity after step {self.state.global_step}: {self._advice()}")
+            raise DivergedError(f"{name} holds NaN or infinity after step {self.state.global_step}: {self._advice()}")
         super().save_model(output_dir, _internal_call)
 
     def _advice(self) -> str:

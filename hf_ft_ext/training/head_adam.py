@@ -6,7 +6,7 @@ from typing import Any, overload
 
 import torch
 
-from hf_ft_ext.errors import InputError
+from hf_ft_ext.errors import DivergedError, InputError
 from hf_ft_ext.training.copying import CopyableOptimizer
 
 
@@ -77,7 +77,7 @@ class HeadAdam(CopyableOptimizer):
                 loss = getattr(evaluate, "differentiable", closure)()
                 value = float(loss.detach())
                 if not math.isfinite(value):
-                    raise InputError(
+                    raise DivergedError(
                         f"the loss at the current weights is {value} in step {self.steps}; look for bad rows or "
                         "labels, lower the learning rate, or load the model in float32"
                     )

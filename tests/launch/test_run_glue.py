@@ -254,6 +254,16 @@ def test_hyperparameter_search(launch):
     assert same("out", "again")
 
 
+def test_a_trial_that_diverges_loses_the_search(launch, monkeypatch, caplog):
+    pytest.importorskip("optuna")
+    monkeypatch.setattr("hf_ft_ext.launch.search.LEARNING_RATES", (1e-30, 1e50))  # of two trials one diverges
+    assert launch("--hp_search", "2", "--max_steps", "3", "--output_dir", "out") == 0
+    found = json.loads(Path("out/hp_search.json").read_text())
+    first, second = found["trials"]
+    assert second["learning_rate"] > 1e12 and second["eval_accuracy"] is None and "trial diverged" in caplog.text
+    assert found["best"]["learning_rate"] == first["learning_rate"]
+
+
 def test_search_without_optuna(launch, monkeypatch, capsys):
     monkeypatch.setattr("hf_ft_ext.launch.search.importlib.util.find_spec", lambda name: None)
     assert launch("--hp_search", "2") == 2

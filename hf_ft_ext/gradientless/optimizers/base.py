@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 
 import torch
 
-from hf_ft_ext.errors import InputError
+from hf_ft_ext.errors import DivergedError, InputError
 from hf_ft_ext.gradientless.optimizers.exchange import SingleProcess
 from hf_ft_ext.offload import StoredTensor
 from hf_ft_ext.training.copying import CopyableOptimizer
@@ -99,7 +99,7 @@ class GradientFreeOptimizer(CopyableOptimizer):
     def _checked_current(self, loss: float | torch.Tensor) -> float:
         loss = float(loss)
         if not math.isfinite(loss):
-            raise InputError(
+            raise DivergedError(
                 f"the loss at the current weights is {loss} in step {self.steps}; look for bad rows or labels, lower "
                 "the learning rate, or load the model in float32"
             )
