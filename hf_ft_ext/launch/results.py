@@ -214,7 +214,8 @@ def final_table(record: dict[str, Any], trainer: Trainer) -> str:
     if record["train_seconds"] is not None:
         rows.append(("training seconds", f"{record['train_seconds']:.1f}"))
         rows.append(("peak memory (MiB)", f"{record['peak_memory_bytes'] / _MIB:,.1f}"))
-        rows.append((getattr(trainer, "parameters_text", "trainable parameters"), f"{record['trainable_parameters']:,}"))
+        counted = getattr(trainer, "parameters_text", "trainable parameters")
+        rows.append((counted, f"{record['trainable_parameters']:,}"))
     folder = Path(trainer.args.output_dir)
     lines = ["", *(line.rstrip() for line in align(rows)), f"record: {folder / RUN_RECORD}"]
     if trainer.args.do_train:

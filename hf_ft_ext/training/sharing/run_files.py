@@ -11,7 +11,7 @@ A trainer class can define these attributes; all are optional:
   returns its tokenizer and model (`load` is the launcher's default loader). The third returns a trainer that predicts
   with it.
 - `delta_code(run)`: a class method; returns Python that applies a delta to the base model, or `None`.
-- `parameters_text`: what the counted parameters are, on the model card and at the end of a run, if none of them trains.
+- `parameters_text`: what the counted parameters are, if none of them trains; for the model card and the final table.
 
 `hf_ft_ext.methods.hooks_of` returns the class. Pushing a finished run and deleting an old one happen without a trainer
 instance.
