@@ -190,7 +190,8 @@ def class_ids(raws: Sequence[RawLabels], task: Task | None) -> tuple[list[str], 
         task: a known task, or `None`.
 
     Raises:
-        InputError: fewer than two classes, a split with labels that the training split lacks, or decimal numbers.
+        InputError: fewer than two classes to train on, a split with labels that the training split lacks, or decimal
+            numbers.
     """
     tokens = [_tokens(raw, task) for raw in raws]
     source = raws[0]
@@ -202,7 +203,7 @@ def class_ids(raws: Sequence[RawLabels], task: Task | None) -> tuple[list[str], 
         names = in_order(token for split in tokens for token in split)
     if task is not None and task.label_names and set(names) <= set(task.label_names):
         names = list(task.label_names)
-    if len(names) < 2:
+    if len(names) < 2 and source.split == "train":  # rows to evaluate may have few of a model's classes
         raise InputError(
             f"split '{source.split}' has only one class ({', '.join(names)}), but "
             "a classification needs two or more; check --label_column and the data"

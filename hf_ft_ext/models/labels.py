@@ -20,6 +20,9 @@ def set_labels(config: PreTrainedConfig, data: Any, trains: bool = True) -> None
         data: the run's data (`label_names` and `problem_type` are read).
         trains: whether the run trains. If not, the model's own labels are also kept where the data has only some of
             them, by name or, for a head without names (`LABEL_0`, ...), by number.
+
+    Raises:
+        InputError: the data has a single class, which is not one of the model's.
     """
     _sync_label2id(config)
     if data.problem_type == REGRESSION:
@@ -41,6 +44,11 @@ def set_labels(config: PreTrainedConfig, data: Any, trains: bool = True) -> None
             names = [str(i) for i in sorted(by_id)]
         elif _same_labels(by_id, names) or (not trains and _holds_labels(by_id, names)):
             return
+        if len(names) < 2 and data.problem_type == CLASSIFICATION:
+            raise InputError(
+                f"the data has only one class ({names[0]}), and the model's are "
+                f"{', '.join(list(by_id.values())[:10])}; rename it, or add rows of other classes"
+            )
         config.num_labels = len(names)
         config.id2label = dict(enumerate(names))
         config.label2id = {label: i for i, label in enumerate(names)}

@@ -114,6 +114,19 @@ def tsv(path) -> list[list[str]]:
     return list(csv.reader(Path(path).read_text().splitlines(), delimiter="\t"))
 
 
+@pytest.mark.parametrize("method", ["full", "lora", "kernel"])
+def test_rows_of_a_single_class_are_evaluated_with_the_models_labels(launch, method):
+    steps = () if method in SOLVER_METHODS else ("--max_steps", "2")
+    assert launch("--do_train", *steps, "--output_dir", "out", method=method) == 0
+    Path("one.csv").write_text("sentence,label\na good film,1\na dull plot,1\n")
+    words = ["--model_name_or_path", "out", "--validation_file", "one.csv", "--test_file", "one.csv", "--use_cpu"]
+    words += ["--method", method, "--do_eval", "--do_predict", "--metric", "f1", "accuracy", "--max_seq_length", "16"]
+    assert run_glue.main([*words, "--output_dir", "again"]) == 0
+    metrics = json.loads(Path("again/run.json").read_text())["metrics"]
+    share = sum(row[1] == "1" for row in tsv("again/predictions.tsv")[1:]) / 2
+    assert metrics["eval_accuracy"] == share and metrics["eval_f1"] == pytest.approx(2 * share / (1 + share))
+
+
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_checkpoint_is_not_resumed_under_other_labels(launch, method, tmp_path, monkeypatch, capsys, caplog):
     monkeypatch.chdir(tmp_path)

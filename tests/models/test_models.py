@@ -92,6 +92,11 @@ def test_a_trained_head_is_not_replaced_where_nothing_is_trained(save, own, name
     assert torch.equal(model.classifier.weight, start.classifier.weight)
 
 
+def test_a_single_class_that_is_not_the_model_s_is_refused(save, tiny_bert_dir):
+    with pytest.raises(InputError, match=r"only one class \(d\), and the model's are LABEL_0, LABEL_1; rename it"):
+        load(tiny_bert_dir, ("d",), do_train=False)
+
+
 def test_labels_that_are_partly_the_model_s_are_refused_where_nothing_is_trained(save, caplog):
     names = ("b", "C", "a")
     folder = save(tiny_model(id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)}))

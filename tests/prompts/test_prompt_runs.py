@@ -111,6 +111,9 @@ def test_a_saved_prompt_model_is_used_with_its_prompt(launch, capsys):
     again = ("--model_name_or_path", "out", "--do_predict")
     assert launch(*again, "--output_dir", "again", prompt=()) == 0
     assert Path("again/predictions.tsv").read_text() == Path("out/predictions.tsv").read_text()
+    Path("one.csv").write_text("sentence,label\na good film,1\n")  # lacks a label of the model's
+    one = ["--method", "full", "--validation_file", "one.csv", "--do_eval", "--use_cpu", "--output_dir", "one"]
+    assert run_glue.main(["--model_name_or_path", "out", *one, "--max_seq_length", "32"]) == 0
     other = ("--few_shot_type", "prompt", "--template", "*cls**mask*_was*sent_0**sep*")
     assert launch(*again, "--output_dir", "other", prompt=other) == 0
     swapped = ("--few_shot_type", "prompt", "--mapping", "{'0': 'good', '1': 'bad'}")
