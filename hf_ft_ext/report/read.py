@@ -26,7 +26,14 @@ _OPTIONAL: dict[str, tuple[type, ...]] = {
     "model_source": (dict,), "device": (str,), "quality": (str,), "labels": (list,),
     "task_type": (str,), "generations": (list,),
 }  # fmt: skip
-_KINDS = {dict: "an object", list: "a list", str: "a text", int: "a number", float: "a number", bool: "true or false"}
+_KINDS = {
+    dict: "an object",
+    list: "a list",
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+}
 _ENTRY = ("variant", "seed", "folder", "log", "state", "reason", "seconds", "command")
 
 
