@@ -324,7 +324,7 @@ def test_a_stopped_comparison_ends_its_run_and_writes_its_report():
     assert ended.status == 130, ended.err
     assert "interrupted" in ended.err and ended.clean
     assert children and not any(Path(f"/proc/{child}").exists() for child in children)
-    assert states() == {("good", 42): "done", ("stuck", 42): "not started"}
+    assert states() == {("good", 42): "done", ("stuck", 42): "stopped"}
     assert "good" in ended.out and Path("runs/compare-demo/report.html").exists()
 
 

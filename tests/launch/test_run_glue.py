@@ -58,7 +58,8 @@ def test_train_evaluate_predict_without_a_warning(launch, method, capsys, tiny_b
     assert record["arguments"].get("learning_rate") == (None if method in SOLVER_METHODS else 1e-2)
 
     printed = capsys.readouterr().out
-    for words in ("eval_accuracy", "training seconds", "peak memory", "trainable parameters", "load it:", "out"):
+    counted = "parameters of the kernel (no weight changes)" if method == "kernel" else "trainable parameters"
+    for words in ("eval_accuracy", "training seconds", "peak memory", counted, "load it:", "out"):
         assert words in printed
     rows = list(csv.reader(Path("out/predictions.tsv").read_text().splitlines(), delimiter="\t"))
     assert rows[0] == ["index", "prediction"] and [row[0] for row in rows[1:]] == [str(i) for i in range(7)]
