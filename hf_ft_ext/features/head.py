@@ -180,5 +180,6 @@ def _last_token(hidden: torch.Tensor, batch: _Context) -> torch.Tensor:
 
 
 def _mean_token(hidden: torch.Tensor, batch: _Context) -> torch.Tensor:
+    """The mean over the tokens that are not padding; NaN for a row without tokens, as in transformers' classifiers."""
     mask = batch.mask(hidden).to(hidden.dtype)[..., None]
     return (hidden * mask).sum(1) / mask.sum(1)

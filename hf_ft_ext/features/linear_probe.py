@@ -80,8 +80,8 @@ def fit_linear_head(
             there; 0 = in memory only.
 
     Raises:
-        InputError: no labels, a class without rows, or a model whose last layer is not linear or reads more than one
-            vector per row.
+        InputError: no labels, a class without rows, a row whose features are not finite, or a model whose last layer
+            is not linear or reads more than one vector per row.
 
     Source: Kumar et al., ICLR 2022, arXiv 2202.10054 (linear probing before fine-tuning).
     """
@@ -112,7 +112,9 @@ def fit_linear_head(
             for part in every(lambda batch: _inputs(model, name, layer, lambda: run(batch), _mask(batch))):
                 inputs.append(part)
                 bar.update(len(part))
-    x = torch.cat(inputs).double().numpy()
+    features = torch.cat(inputs)
+    _refuse_nan(features, "the features")
+    x = features.double().numpy()
     fit = _fit(model, x, labels.numpy(), layer.bias is not None, c, folds, max_iter)
     with torch.no_grad():
         layer.weight.copy_(torch.from_numpy(fit.weight))
@@ -160,7 +162,7 @@ def find_last_layer(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[s
         batch: some rows, without labels.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or the logits of a row are not finite.
     """
     if is_prompt_model(model):
         path = model.decoder_path
@@ -179,6 +181,7 @@ def find_last_layer(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[s
     finally:
         for handle in handles:
             handle.remove()
+    _refuse_nan(logits, "the logits")
     classes = logits.shape[-1]
     for module, out in reversed(last):
         if out.shape[-1] == classes and bool((out.reshape(-1, classes)[:, None] == logits).all(-1).any(0).all()):
@@ -189,6 +192,16 @@ def find_last_layer(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[s
         f"{type(model).__name__} has no linear layer outside its encoder whose output is the logits; linear probing "
         "needs one"
     )
+
+
+def _refuse_nan(values: torch.Tensor, what: str) -> None:
+    """Raise an `InputError` for rows that the model has no finite result for, such as the mean over no token."""
+    broken = (~values.isfinite()).reshape(len(values), -1).any(1)
+    if broken.any():
+        raise InputError(
+            f"{what} of row {int(broken.nonzero()[0])} are not finite; remove rows without tokens (whose attention "
+            "mask is 0), and load the model in float32 or bfloat16"
+        )
 
 
 def _mark_untrained(model: nn.Module, name: str) -> None:

@@ -136,6 +136,22 @@ def test_a_model_that_reads_sequences_is_refused():
         fit_linear_head(model, tiny_dataset(16), COLLATE)
 
 
+@pytest.mark.parametrize(("empty", "message"), [(1, "the logits of row 1"), (70, "the features of row 70")])
+def test_a_row_without_tokens_is_named(empty, message):
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model("modernbert", vocab_size=60, classifier_pooling="mean", pad_token_id=0, **small)
+    model = AutoModelForSequenceClassification.from_config(config)
+
+    def collate(rows):
+        batch = COLLATE(rows)
+        batch["attention_mask"][[row["number"] == empty for row in rows]] = 0
+        return {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+
+    data = tiny_dataset(80)
+    with pytest.raises(InputError, match=f"{message} are not finite; remove rows without tokens"):
+        fit_linear_head(model, data.add_column("number", list(range(80))), collate)
+
+
 def test_model_init_and_plan(tmp_path):
     trainer = make(tmp_path)
     plan = training_plan(trainer)
