@@ -30,6 +30,8 @@ _STRINGS = {"string", "large_string", "string_view"}
 
 CHECKED = 1000  # rows of a stream that are read before training
 
+Split = tuple[str, str, Dataset]  # role (train, validation or test), name, rows
+
 logger = logging.getLogger(__name__)
 
 
@@ -63,82 +65,23 @@ def load_data(
         InputError: the data cannot be found or read, has no usable columns, labels or rows, or does not fit the
             metric. The message says how to fix it.
     """
-    check_sampling(data_args)
-    for option, choices in (("quoting", QUOTINGS), ("problem_type", (None, *PROBLEM_TYPES))):
-        if getattr(data_args, option) not in choices:
-            allowed = ", ".join(filter(None, choices))
-            raise InputError(f"--{option} {getattr(data_args, option)!r} is unknown; choose from: {allowed}")
-    _check_few_shot(data_args)
+    _check_options(data_args)
     files = [f for f in (data_args.train_file, data_args.validation_file, data_args.test_file) if f]
-    own = not data_args.task_name and bool(files or data_args.dataset_name)
-    task = None if own else get_task(data_args.task_name or "demo")
-    if task is not None and data_args.problem_type not in (None, task.problem_type):
-        raise InputError(
-            f"--problem_type {data_args.problem_type}: task '{task.name}' is {task.problem_type}; leave --task_name "
-            "or --problem_type out"
-        )
-    if task is not None and task.name == "demo" and (files or data_args.dataset_name):
-        raise InputError("task 'demo' makes its own data; leave --task_name out to load files or --dataset_name")
-
+    task = _named_task(data_args, files)
     roles = find_roles(open_source(data_args, task, cache_dir=cache_dir, token=token), task, data_args)
     stream = None
     if data_args.streaming:
         stream, roles = _first_rows_of_stream(roles)
-    for _, name, data in roles:
-        if not len(data):
-            raise InputError(f"split '{name}' holds no rows; check the data")
-    if task is not None and task.prepare is not None:
-        if stream is not None:
-            raise InputError(f"--streaming: task '{task.name}' must rewrite its rows first; leave --streaming out")
-        roles = [(role, name, task.prepare(data)) for role, name, data in roles]
-    named = data_args.label_column
-    label_columns = [named] if isinstance(named, str) else list(named or [])
-    if len(label_columns) > 1:  # each column is one label
-        other = roles[0][2].remove_columns([c for c in roles[0][2].column_names if c in label_columns])
-        text_columns = _find_text(other, data_args.text_columns, None, task)
-        label_column = None
-    else:
-        label_column = label_columns[0] if label_columns else None
-        text_columns = _find_text(roles[0][2], data_args.text_columns, label_column, task)
-        label_column = _find_label(roles, label_column, task)
-        label_columns = [label_column] if label_column is not None else []
-    for column in label_columns:
-        if column in text_columns:
-            raise InputError(f"column '{column}' cannot be both text and label; check --text_columns")
-
-    for _, name, data in roles:
-        _check_text(name, data, text_columns)
-    splits: dict[str, dict[str, Dataset]] = {"train": {}, "validation": {}, "test": {}}
-    if ml.is_multi_label(roles, label_columns):
-        if stream is not None:
-            raise InputError("--streaming needs one label per row, but this data has several; leave --streaming out")
-        kind = MULTI_LABEL
-        names, vectors = ml.read_multi_labels(roles, label_columns, task, data_args.problem_type)
-        for (role, name, data), values in zip(roles, vectors, strict=True):
-            data = data.select_columns(list(text_columns))
-            if values is not None:
-                data = _with_labels(name, data, values, ml.feature(values.shape[1]), drop=True)
-            splits[role][name] = data
-    else:
-        raws = [_labels_of(role, name, data, label_column) for role, name, data in roles]
-        labelled = [raw for raw in raws if raw is not None]
-        for found in labelled:
-            lb.check_spelling(found, data_args.problem_type)
-        kind = lb.problem_type(labelled, task, data_args.problem_type)
-        names, columns = _convert(labelled, kind, task)
-        feature = ClassLabel(names=names) if names else Value("float32")
-        for (role, name, data), raw in zip(roles, raws, strict=True):
-            data = data.select_columns(list(text_columns))
-            if raw is not None:
-                data = _with_labels(name, data, next(columns), feature, drop=names is not None)
-            splits[role][name] = data
+    roles = _prepared(roles, task, stream is not None)
+    text_columns, label_columns = _find_columns(roles, task, data_args)
+    splits, names, kind, feature = _labelled_splits(roles, text_columns, label_columns, task, data_args)
     metric = data_args.metric or (task.metric if task else default_metrics(kind))
     positive = _positive_label(data_args, task, names, kind, metric)
     train: Any = splits["train"].get("train")
     if stream is not None:
         if data_args.max_train_samples is not None:
             stream = stream.take(data_args.max_train_samples)
-        assert label_column is not None  # `_find_label` refuses a training split without labels
+        (label_column,) = label_columns  # a training split has labels, and a stream one for each row
         train = usable_rows(stream, text_columns, label_column, roles[0][2].features[label_column], feature, task)
     data = TaskData(
         task=task or _own_task(data_args, text_columns, label_columns, names, kind, metric),
@@ -153,17 +96,7 @@ def load_data(
     )
     data.origins = whole_splits(data)
     if data_args.num_k is not None:
-        given = "test_file" if data_args.test_file else "test_split" if data_args.test_split else None
-        keep_test = given is not None and data.task.hub_id != GLUE_ID
-        if given is not None and not keep_test and data.validation:
-            logger.warning("--%s is not used: with --num_k, GLUE tasks are tested on their validation split", given)
-        if data_args.validation_file and (keep_test or not validation_is_test(data)):
-            logger.warning(
-                "--validation_file is not used: --num_k draws evaluation rows from the training file, and the test "
-                "split is --test_file"
-            )
-        few = (data_args.num_k, data_seed, data_args.few_shot_split, data_args.allow_small_classes)
-        data = few_shot_data(data, *few, keep_test=keep_test, max_test_rows=data_args.max_predict_samples)
+        data = _few_shot(data, data_args.num_k, data_args, data_seed)
     elif not files and not data.validation:
         data.validation = {name: rows for name, rows in data.test.items() if LABEL in rows.column_names}
         if data.validation:
@@ -176,6 +109,30 @@ def load_data(
     )
     data.origins = final_origins(data, draw_text(data_args, data_seed), data_args.train_split or ())
     return data
+
+
+def _check_options(data_args: DataArguments) -> None:
+    check_sampling(data_args)
+    for option, choices in (("quoting", QUOTINGS), ("problem_type", (None, *PROBLEM_TYPES))):
+        if getattr(data_args, option) not in choices:
+            allowed = ", ".join(filter(None, choices))
+            raise InputError(f"--{option} {getattr(data_args, option)!r} is unknown; choose from: {allowed}")
+    _check_few_shot(data_args)
+
+
+def _named_task(data_args: DataArguments, files: list[str]) -> Task | None:
+    """The task that defines columns, labels and metric; `None` for own data without one."""
+    if not data_args.task_name and (files or data_args.dataset_name):
+        return None
+    task = get_task(data_args.task_name or "demo")
+    if data_args.problem_type not in (None, task.problem_type):
+        raise InputError(
+            f"--problem_type {data_args.problem_type}: task '{task.name}' is {task.problem_type}; leave --task_name "
+            "or --problem_type out"
+        )
+    if task.name == "demo" and (files or data_args.dataset_name):
+        raise InputError("task 'demo' makes its own data; leave --task_name out to load files or --dataset_name")
+    return task
 
 
 def _check_few_shot(data_args: DataArguments) -> None:
@@ -196,13 +153,98 @@ def _check_few_shot(data_args: DataArguments) -> None:
         )
 
 
-def _first_rows_of_stream(roles: list[tuple]) -> tuple[IterableDataset, list[tuple[str, str, Dataset]]]:
+def _first_rows_of_stream(roles: list[tuple]) -> tuple[IterableDataset, list[Split]]:
     """Return the training stream, and all splits in memory, with only the first rows of the training split."""
     if roles[0][0] != "train":
         raise InputError("--streaming reads the training split, and the data has none; leave it out")
     first = ("train", f"train (its first {CHECKED:,} rows)", in_memory("train", roles[0][2], CHECKED))
     others = [(role, name, in_memory(name, data)) for role, name, data in roles[1:]]
     return roles[0][2], [first, *others]
+
+
+def _prepared(roles: list[Split], task: Task | None, streaming: bool) -> list[Split]:
+    """The splits as the task rewrites them; refuses splits without rows."""
+    for _, name, data in roles:
+        if not len(data):
+            raise InputError(f"split '{name}' holds no rows; check the data")
+    if task is None or task.prepare is None:
+        return roles
+    if streaming:
+        raise InputError(f"--streaming: task '{task.name}' must rewrite its rows first; leave --streaming out")
+    return [(role, name, task.prepare(data)) for role, name, data in roles]
+
+
+def _find_columns(
+    roles: list[Split], task: Task | None, data_args: DataArguments
+) -> tuple[tuple[str, ...], list[str]]:
+    """Text and label columns, of which all splits have the text. With several label columns, each is one label."""
+    named = data_args.label_column
+    label_columns = [named] if isinstance(named, str) else list(named or [])
+    first = roles[0][2]
+    if len(label_columns) > 1:
+        other = first.remove_columns([c for c in first.column_names if c in label_columns])
+        text_columns = _find_text(other, data_args.text_columns, None, task)
+    else:
+        label_column = label_columns[0] if label_columns else None
+        text_columns = _find_text(first, data_args.text_columns, label_column, task)
+        label_column = _find_label(roles, label_column, task)
+        label_columns = [label_column] if label_column is not None else []
+    for column in label_columns:
+        if column in text_columns:
+            raise InputError(f"column '{column}' cannot be both text and label; check --text_columns")
+    for _, name, data in roles:
+        _check_text(name, data, text_columns)
+    return text_columns, label_columns
+
+
+def _labelled_splits(
+    roles: list[Split],
+    text_columns: tuple[str, ...],
+    label_columns: list[str],
+    task: Task | None,
+    data_args: DataArguments,
+) -> tuple[dict[str, dict[str, Dataset]], list[str] | None, str, Any]:
+    """Splits of texts and labels by role and name, the names of the labels, the problem type, and the labels' type."""
+    splits: dict[str, dict[str, Dataset]] = {"train": {}, "validation": {}, "test": {}}
+    if ml.is_multi_label(roles, label_columns):
+        if data_args.streaming:
+            raise InputError("--streaming needs one label per row, but this data has several; leave --streaming out")
+        names, vectors = ml.read_multi_labels(roles, label_columns, task, data_args.problem_type)
+        for (role, name, data), values in zip(roles, vectors, strict=True):
+            data = data.select_columns(list(text_columns))
+            if values is not None:
+                data = _with_labels(name, data, values, ml.feature(values.shape[1]), drop=True)
+            splits[role][name] = data
+        return splits, names, MULTI_LABEL, None
+    label_column = label_columns[0] if label_columns else None
+    raws = [_labels_of(role, name, data, label_column) for role, name, data in roles]
+    labelled = [raw for raw in raws if raw is not None]
+    for found in labelled:
+        lb.check_spelling(found, data_args.problem_type)
+    kind = lb.problem_type(labelled, task, data_args.problem_type)
+    names, columns = _convert(labelled, kind, task)
+    feature = ClassLabel(names=names) if names else Value("float32")
+    for (role, name, data), raw in zip(roles, raws, strict=True):
+        data = data.select_columns(list(text_columns))
+        if raw is not None:
+            data = _with_labels(name, data, next(columns), feature, drop=names is not None)
+        splits[role][name] = data
+    return splits, names, kind, feature
+
+
+def _few_shot(data: TaskData, k: int, data_args: DataArguments, seed: int | None) -> TaskData:
+    """Few-shot splits of `data`, with a warning for splits that are given and not used."""
+    given = "test_file" if data_args.test_file else "test_split" if data_args.test_split else None
+    keep_test = given is not None and data.task.hub_id != GLUE_ID
+    if given is not None and not keep_test and data.validation:
+        logger.warning("--%s is not used: with --num_k, GLUE tasks are tested on their validation split", given)
+    if data_args.validation_file and (keep_test or not validation_is_test(data)):
+        logger.warning(
+            "--validation_file is not used: --num_k draws evaluation rows from the training file, and the test "
+            "split is --test_file"
+        )
+    few = (k, seed, data_args.few_shot_split, data_args.allow_small_classes)
+    return few_shot_data(data, *few, keep_test=keep_test, max_test_rows=data_args.max_predict_samples)
 
 
 def _find_text(
@@ -253,7 +295,7 @@ def _check_text(split: str, data: Dataset, text_columns: tuple[str, ...]) -> Non
             )
 
 
-def _find_label(roles: list[tuple[str, str, Dataset]], wanted: str | None, task: Task | None) -> str | None:
+def _find_label(roles: list[Split], wanted: str | None, task: Task | None) -> str | None:
     """Return the label column, required in train and validation; `None` if there is only a test split without it."""
     needy = [(name, data) for role, name, data in roles if role != "test"]
     candidates = (wanted,) if wanted else task.label_columns if task else ("label", "labels")
