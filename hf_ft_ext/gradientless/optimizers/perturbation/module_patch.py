@@ -58,36 +58,50 @@ class ModulePatch:
         """
         if not self.names:
             return
-        kind = self.kind if "weight" in self.names else None
-        low_rank = kind is not None and self.forward.directions.has_factors(self.holder._parameters["weight"].shape)
-        self.on_output = low_rank
-        self.chunked = kind in (nn.Linear, nn.Embedding) and not low_rank and self.forward.directions.block == 1
         # accelerate's forward loads the weights of an offloaded module, calls `_old_forward`, and drops them
         self.name = "_old_forward" if is_offloaded(self.user) else "forward"
         forward = getattr(self.user, self.name)
+        chunked = self._choose_ways(forward)
+        if self.name == "forward":
+            self._install_hooks(handles)
+        replaced = self._replaced_forward(forward, chunked, split)
+        if replaced is not forward:
+            self.original = forward
+            self.had_own = self.name in self.user.__dict__
+            self.user.__dict__[self.name] = replaced
+
+    def _choose_ways(self, forward: Callable) -> bool:
+        """Choose the way of each parameter, as in the class's table; return whether the weight goes by chunks now."""
+        kind = self.kind if "weight" in self.names else None
+        low_rank = kind is not None and self.forward.directions.has_factors(self.holder._parameters["weight"].shape)
+        self.on_output = low_rank
+        dense = kind in (nn.Linear, nn.Embedding) and not low_rank and self.forward.directions.block == 1
         # a forward set on the instance (such as accelerate's, which moves inputs between devices) is kept
         own = getattr(forward, "__func__", None) is type(self.user).forward
-        chunked = self.chunked and not self.forward.tangent and own
+        chunked = dense and not self.forward.tangent and own
         self.copied = {
             name: i for name, i in self.names.items() if not ((self.on_output or chunked) and name == "weight")
         }
-        loaded = self.name != "forward"
-        if self.copied and not loaded:
+        return chunked
+
+    def _install_hooks(self, handles: list) -> None:
+        """Hooks that exchange the copied parameters around the forward, then add the low-rank change to its output."""
+        if self.copied:
             handles.append(self.user.register_forward_pre_hook(self._enter))
             handles.append(self.user.register_forward_hook(self._leave, always_call=True))
-        if self.on_output and not loaded:
+        if self.on_output:
             handles.append(self.user.register_forward_hook(self._add_to_output, with_kwargs=True))
+
+    def _replaced_forward(self, forward: Callable, chunked: bool, split: bool) -> Callable:
+        """The forward to set: from the inside, by chunks, for each candidate, and as hooks of an offloaded module."""
         if chunked:
             by_chunks = self._embedding_by_chunks if isinstance(self.holder, nn.Embedding) else self._linear_by_chunks
             forward = functools.partial(by_chunks, forward)
         if split and (self.copied or chunked):
             forward = functools.partial(self._one_by_one, forward)
-        if loaded:
+        if self.name != "forward":
             forward = functools.partial(self._perturbed, forward)
-        if isinstance(forward, functools.partial):
-            self.original = getattr(self.user, self.name)
-            self.had_own = self.name in self.user.__dict__
-            self.user.__dict__[self.name] = forward
+        return forward
 
     def restore(self) -> None:
         """Restore the module's parameters and its forward."""
