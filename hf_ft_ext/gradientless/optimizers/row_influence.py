@@ -44,6 +44,13 @@ class _Plain:
 class RowInfluence:
     """Sets `by_rows`, `row_modules`, `counted` and `masked` of `noise`, from micro-batches of a first step.
 
+    `by_rows` and `masked` are `None` until a batch can tell, and are not asked again afterwards:
+
+    | attribute | needs | until then | becomes |
+    | --- | --- | --- | --- |
+    | `by_rows` | a micro-batch of several rows | each slope is that of the only row | `True` or `False` |
+    | `masked` | a micro-batch with hidden positions | all positions get noise | a set of modules, maybe empty |
+
     All processes call `examine` together, as they have to agree: what one process refutes holds for none.
 
     Args:

@@ -5,6 +5,18 @@ afterwards. The weights of linear layers and embeddings, which are most of a mod
 `module_patch`). Dense changes are computed and applied chunk by chunk. A low-rank change is added to the layer's
 output: `x (W + L R^T)^T = x W^T + (x R) L^T`. Several perturbations can run as one forward pass over the repeated
 batch. Where accelerate offloads a module, this happens after the weights are loaded, so each layer is in memory alone.
+
+What is known about the searched tensors, each a set of their numbers:
+
+| set | when it changes | what it is for |
+| --- | --- | --- |
+| `PerturbedForward.missing` | found at the start | no module holds them: `SPSA` refuses them |
+| `PerturbedWeights.unread` | all at the start; a forward pass that perturbs a tensor removes it | not updated |
+| `PerturbedForward.elsewhere` | found in the first step | another module reads them: perturbed throughout the model |
+| `WeightUpdates.first_steps` | a later step removes a tensor from `unread` | their moments start in this step |
+
+After each step, `SPSA` brings `unread` to the same state in all processes. A checkpoint holds the last three, with
+`unread` under its former name `unseen`; a trajectory holds `unseen` and `first_steps`.
 """
 
 import contextlib
