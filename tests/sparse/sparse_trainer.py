@@ -70,3 +70,12 @@ def reference_gradients(trainer, steps, batch_size=8):
         model.zero_grad()
         model(**trainer.data_collator(rows)).loss.backward()
         yield {name: model.get_submodule(name).weight.grad.clone() for name in names}
+
+
+def structured(folder, model=None, **options):
+    return make(folder, model, adapter=True, **{"sparse_support": "structured", **options})
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(**INPUTS).logits

@@ -7,11 +7,10 @@ import re
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
-from sparse_trainer import INPUTS, OPTIONS, assert_close, make, weights
-from test_families import build, inputs
+from sparse_trainer import INPUTS, OPTIONS, assert_close, logits, make, structured, weights
+from test_families import build
 from tiny import CONFIGS, tiny_dataset, tiny_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainingArguments
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 from hf_ft_ext import (
     InputError,
@@ -20,7 +19,6 @@ from hf_ft_ext import (
     SparseTrainingArguments,
     compute_bases,
     convert_to_sparse,
-    export_lora,
     save_delta,
     sparse_layers,
 )
@@ -30,15 +28,6 @@ from hf_ft_ext.sparse.prepass import own_steps
 from hf_ft_ext.training.runs.plan import training_plan
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-
-
-def structured(folder, model=None, **options):
-    return make(folder, model, adapter=True, **{"sparse_support": "structured", **options})
-
-
-def logits(model):
-    with torch.no_grad():
-        return model.eval()(**INPUTS).logits
 
 
 @pytest.mark.parametrize("model_type", CONFIGS)
@@ -341,63 +330,3 @@ def test_trls_trainer_takes_the_configuration(tmp_path):
 
 
 # --- export ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("model_type", ["bert", "gpt2", "llama"])
-def test_exported_as_lora_plain_peft_gives_the_same(tmp_path, model_type):
-    make_model = tiny_model if model_type == "bert" else lambda: build(model_type)[0]
-    rows = INPUTS if model_type == "bert" else inputs(model_type)
-    trainer = structured(tmp_path / "run", make_model())
-    trainer.train()
-    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-    assert export_lora(trainer.model, tmp_path / "lora") == 0
-    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
-    loaded = PeftModel.from_pretrained(make_model(), tmp_path / "lora").eval()
-    assert loaded.peft_config["default"].peft_type == "LORA"
-    expected = trainer.model.eval()(**rows).logits
-    torch.testing.assert_close(loaded(**rows).logits, expected, rtol=1e-4, atol=1e-5)
-    assert (expected - make_model().eval()(**rows).logits).abs().max() > 1e-4
-
-
-def test_a_truncated_export_is_the_best_of_its_rank_and_says_its_error(tmp_path, caplog):
-    trainer = structured(tmp_path / "run", learning_rate=0.05)
-    trainer.train()
-    with caplog.at_level(logging.INFO, logger="hf_ft_ext"):
-        error = export_lora(trainer.model, tmp_path / "lora", max_rank=2)
-    assert "export_lora: rank 2, relative error at most" in caplog.text
-    tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
-    errors = []
-    for name, layer in sparse_grad_layers(trainer.model):
-        change = layer.get_delta_weight("default").double()
-        a, b = (tensors[f"{name}.lora_{side}.weight"].double() for side in "AB")
-        assert len(a) == b.shape[1] == 2
-        tail = torch.linalg.svdvals(change)[2:].norm()  # Eckart and Young: no matrix of this rank is nearer
-        torch.testing.assert_close((change - b @ a).norm(), tail, rtol=1e-4, atol=1e-7)
-        errors.append((tail / change.norm()).item())
-    assert error == pytest.approx(max(errors), rel=1e-4) and error > 0.01
-    assert logits(PeftModel.from_pretrained(tiny_model(), tmp_path / "lora")).isfinite().all()
-    with pytest.raises(InputError, match="max_rank must be 1 or more, got 0"):
-        export_lora(trainer.model, tmp_path, max_rank=0)
-
-
-def test_an_export_makes_no_copy_of_the_model(tmp_path, monkeypatch):
-    trainer = structured(tmp_path / "run", num_train_epochs=1)
-    trainer.train()
-    monkeypatch.setattr(
-        type(trainer.model), "__deepcopy__", lambda *_: pytest.fail("the model was copied"), raising=False
-    )
-    base = trainer.model.get_base_model()
-    monkeypatch.setattr(type(base), "__deepcopy__", lambda *_: pytest.fail("the model was copied"), raising=False)
-    export_lora(trainer.model, tmp_path / "lora")
-
-
-def test_a_saved_base_makes_the_folder_load_by_itself(tmp_path):
-    tiny_model().save_pretrained(tmp_path / "base")
-    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
-    trainer = structured(tmp_path / "run", model)
-    trainer.train()
-    trainer.save_model(tmp_path / "adapter")
-    export_lora(trainer.model, tmp_path / "lora")
-    for folder in ("adapter", "lora"):
-        loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / folder)
-        torch.testing.assert_close(logits(loaded), logits(trainer.model), rtol=1e-4, atol=1e-5)
