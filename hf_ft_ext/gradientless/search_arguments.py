@@ -49,7 +49,7 @@ class SearchArguments(FeatureCacheArguments):
         metadata={
             "help": "GLD: none = accept the best candidate at once; 3x2 = a tree of 2 levels with 3 options per "
             "level, kept until a later batch confirms one. Cost: options ** levels * (candidates + 1) evaluations "
-            "per tensor."
+            "per tensor, with several levels one more where it moves."
         },
     )
     search_selection: str = field(
