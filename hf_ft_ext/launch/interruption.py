@@ -77,7 +77,9 @@ def how_to_continue(signals: Signals) -> str:
     checkpoint = None if folder is None else last_complete_checkpoint(folder)
     if checkpoint is None:
         return "there is no checkpoint to resume; run the same command again, with --overwrite_output_dir if asked"
-    return f"{checkpoint} is complete; run the same command again with --resume_from_checkpoint true"
+    values = " ".join(f"--{name} {value}" for name, value in signals.found.items())
+    instead = f", and {values} in place of --hp_search" if values else ""  # a search itself cannot resume
+    return f"{checkpoint} is complete; run the same command again with --resume_from_checkpoint true{instead}"
 
 
 class _Schedule:

@@ -101,7 +101,7 @@ def run_method(argv: list[str], program: list[str], signals: Signals, at_end: co
     signals.output_dir = args.output_dir
     with folder.disk_errors_as_input_errors(args.output_dir):
         if run_args.hp_search:
-            search.search_hyperparameters(build_trainer, args, run_args.hp_search)
+            signals.found = search.search_hyperparameters(build_trainer, args, run_args.hp_search)
             trainer = build_trainer(args)
             if args.world_size > 1:
                 keep_alive(trainer)

@@ -43,6 +43,7 @@ class Signals:
         requested: the first signal received while `waits` was set.
         raised: the signal for which `Interrupted` was raised; libraries may turn that into other errors.
         output_dir: the run's folder, once it is known.
+        found: what a search of hyperparameters has chosen, by argument name; empty without one.
     """
 
     def __init__(self):
@@ -50,6 +51,7 @@ class Signals:
         self.requested: int | None = None
         self.raised: int | None = None
         self.output_dir: str | None = None
+        self.found: dict[str, Any] = {}
         self._owner = os.getpid()
         self._before: dict[int, Any] = {}  # handlers as `signal.signal` returns them
 

@@ -57,6 +57,32 @@ def test_a_signal_saves_the_step_it_came_in(unbroken, name):
     assert not differences(folder, run.folder)
 
 
+def test_after_a_search_a_run_is_resumed_with_what_it_chose(unbroken):
+    pytest.importorskip("optuna")
+    workload = unbroken("full").workload
+    folder, other = (new_folder(unbroken("full"), "search", i) for i in (0, 1))
+    words = [*workload.argv, "--hp_search", "1"]
+    assert launch(words, other).status == 0
+
+    def send():
+        from hf_ft_ext.launch import search
+
+        found = search.search_hyperparameters
+
+        def search_and_send(*arguments):
+            values = found(*arguments)
+            Events("work", 130, lambda: os.kill(os.getpid(), signal.SIGTERM)).install()
+            return values
+
+        search.search_hyperparameters = search_and_send
+
+    ended = launch(words, folder, send)
+    assert ended.status == 143, ended.err
+    advice = re.search("--resume_from_checkpoint true, and (.*) in place of --hp_search", ended.err).group(1)
+    assert launch([*workload.resumed, *advice.split()], folder).status == 0
+    assert not differences(folder, other)
+
+
 def test_the_same_signal_twice_ends_the_run_at_once(unbroken):
     run = unbroken("full")
     folder = new_folder(run, "twice", 0)
