@@ -179,7 +179,7 @@ def scores(raw: RawLabels) -> np.ndarray:
     return raw.values.astype(np.float32)
 
 
-def class_ids(raws: Sequence[RawLabels], task: Task | None) -> tuple[list[str], list[np.ndarray]]:
+def class_ids(raws: Sequence[RawLabels], task: Task | None, trains: bool = True) -> tuple[list[str], list[np.ndarray]]:
     """Return the label names and, for each split, ids as int64 `[rows]`, `UNLABELLED` for rows without a label.
 
     The names are the task's if the labels match them, else those of the ClassLabel, else the sorted labels of the
@@ -188,6 +188,7 @@ def class_ids(raws: Sequence[RawLabels], task: Task | None) -> tuple[list[str], 
     Args:
         raws: splits without missing labels, the training split first if there is one.
         task: a known task, or `None`.
+        trains: whether there is training data, which needs two classes. Rows to evaluate may have one of a model's.
 
     Raises:
         InputError: fewer than two classes to train on, a split with labels that the training split lacks, or decimal
@@ -203,7 +204,7 @@ def class_ids(raws: Sequence[RawLabels], task: Task | None) -> tuple[list[str], 
         names = in_order(token for split in tokens for token in split)
     if task is not None and task.label_names and set(names) <= set(task.label_names):
         names = list(task.label_names)
-    if len(names) < 2 and source.split == "train":  # rows to evaluate may have few of a model's classes
+    if len(names) < 2 and trains:
         raise InputError(
             f"split '{source.split}' has only one class ({', '.join(names)}), but "
             "a classification needs two or more; check --label_column and the data"

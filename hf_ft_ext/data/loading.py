@@ -222,7 +222,7 @@ def _labelled_splits(
     for found in labelled:
         lb.check_spelling(found, data_args.problem_type)
     kind = lb.problem_type(labelled, task, data_args.problem_type)
-    names, columns = _convert(labelled, kind, task)
+    names, columns = _convert(labelled, kind, task, any(role == "train" for role, _, _ in roles))
     feature = ClassLabel(names=names) if names else Value("float32")
     for (role, name, data), raw in zip(roles, raws, strict=True):
         data = data.select_columns(list(text_columns))
@@ -343,13 +343,13 @@ def _labels_of(role: str, name: str, data: Dataset, column: str | None) -> lb.Ra
     return raw
 
 
-def _convert(labelled: list[lb.RawLabels], kind: str, task: Task | None):
+def _convert(labelled: list[lb.RawLabels], kind: str, task: Task | None, trains: bool):
     """Return the label names (`None` for a regression) and an iterator over the splits' label arrays."""
     if kind == REGRESSION:
         return None, iter([lb.scores(raw) for raw in labelled])
     if not labelled:
         return list(task.label_names) if task and task.label_names else None, iter([])
-    names, arrays = lb.class_ids(labelled, task)
+    names, arrays = lb.class_ids(labelled, task, trains)
     return names, iter(arrays)
 
 

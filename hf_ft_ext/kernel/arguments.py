@@ -22,9 +22,10 @@ _MODEL_OUTPUT_ARGUMENTS = (
 )  # fmt: skip
 # Argument -> the solvers that use it.
 _SOLVERS_OF_ARGUMENT = {"kernel_gamma": ("asym",), "kernel_lambda": ("asym",), "kernel_svm_c": ("svr", "svc")}
-# Arguments that say how a kernel is computed, and over which parameters.
+# Arguments that say how a kernel is computed, and over which parameters. `kernel_memory_gb` is a limit of the machine,
+# which may stay in a recipe.
 _OF_COMPUTATION = (
-    "kernel_engine", "kernel_dimension", "kernel_memory_gb", "kernel_dir", "kernel_parameters", "exclude_embeddings",
+    "kernel_engine", "kernel_dimension", "kernel_dir", "kernel_parameters", "exclude_embeddings",
     "exclude_head", "only_biases",
 )  # fmt: skip
 _DIMENSION_MESSAGE = "kernel_dimension applies only to kernel_engine=projected; pass that engine too, or leave it out"

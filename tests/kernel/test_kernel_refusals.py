@@ -26,7 +26,7 @@ from hf_ft_ext.errors import InputError
         ({"f0_scaling": 2.0}, "f0_scaling=2.0 needs adjust_for_init"),
         ({"load_kernels": "x", "overwrite_kernels": True}, "leave overwrite_kernels out"),
         ({"load_kernels": "x", "only_biases": True}, "only_biases=True is about computing them; leave one of the two"),
-        ({"load_kernels": "x", "kernel_memory_gb": 1.0}, "kernel_memory_gb=1.0 is about computing them"),
+        ({"load_kernels": "x", "kernel_dir": "y"}, "kernel_dir=y is about computing them"),
         ({"kernel_task_name": "x"}, "kernel_task_name=x is part of the names of files; pass load_kernels or export"),
         ({"kernel_peft_config": {"r": 1}}, "kernel_peft_config needs kernel_peft"),
         ({"kernel_peft_config": "{"}, "is not valid JSON"),
