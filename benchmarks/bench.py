@@ -56,13 +56,13 @@ class Measurement:
 
 
 MEASUREMENTS = {
-    "startup": Measurement("startup", ("startup",), "--result startup", "--result startup --only help"),
+    "startup": Measurement("startup", ("startup",), "--result startup", "--result startup --only help", 2),
     "projected": Measurement(
         "projected", ("projected",), "time --size roberta-base --train 64 --test 64 --length 64 --result projected",
         "time --size roberta-base --train 2 --test 2 --length 4 --dimension 64 --result projected", 10, "--every",
     ),
     "fisher": Measurement(
-        "fisher", ("fisher",), "--threads 1 --result fisher --examples 32",
+        "fisher", ("fisher",), "--threads 1 --result fisher --examples 16 --forwards 4",
         "--threads 1 --result fisher --examples 2 --length 4 --layers 1 --forwards 2 --batch 2",
     ),
     "sparse": Measurement(
