@@ -13,6 +13,7 @@ from tiny import tiny_model
 
 SETTINGS = {
     "gld": {"search_options": "2x1", "weight_decay": 0.01},
+    "trees": {"search_options": "2x2", "learning_rate": 0.1, "max_steps": 4},  # moves are evaluated, one candidate
     "spsa": {"search_method": "spsa", "search_directions": 3, "learning_rate": 0.01},
     "lozo-m": {
         "search_method": "spsa",
