@@ -66,9 +66,14 @@ MEASUREMENTS = {
         "--threads 1 --result fisher --examples 2 --length 4 --layers 1 --forwards 2 --batch 2",
     ),
     "sparse": Measurement(
-        "sparse", ("sparse_step",), "--size roberta-base --threads 1 --save --steps 1 --variants full lora published "
-        "dynamic adapter",
+        "sparse", ("sparse_step",), "--size roberta-base --threads 1 --save --steps 1 --variants full lora adapter",
         "--size small --threads 1 --save --batch 2 --length 8 --variants lora adapter",
+    ),
+    # a step of these takes minutes with all layers
+    "sparse_published": Measurement(
+        "sparse", ("sparse_step",), "--size roberta-base --layers 2 --threads 1 --save --steps 1 --variants lora "
+        "published dynamic",
+        "--size small --layers 1 --threads 1 --save --batch 2 --length 8 --variants lora dynamic",
     ),
     "basis": Measurement(
         "basis", ("basis",), "--threads 1 --shape 384 1536 --gradients 90 --result basis",
