@@ -99,7 +99,7 @@ def own_steps(trainer: Trainer, count: int) -> Iterator[list[tuple[dict, float]]
     used.
 
     Raises:
-        InputError: there is no training data.
+        InputError: the training data set, or the stream, has no rows.
     """
     processes = trainer.args.world_size
     for batches in _own_batches(trainer, count):
