@@ -230,7 +230,7 @@ def test_coefficients_keep_their_training_rows(tmp_path, name):
     model = tiny_model().double()
     trainer = make(tmp_path / "own", model, **SETTINGS[name])
     trainer.train()
-    # computed anew after the replacement: the one trainer must not read what the other has stored
+    # a folder of its own, so that it computes its kernels itself
     same = make(tmp_path / "replaced", model, **SETTINGS[name])
     same.train()
     same.train_dataset = tiny_dataset(12, seed=5)
