@@ -4,11 +4,12 @@
     python benchmarks/bench.py --only sparse kernel --budget_minutes 15
     python benchmarks/bench.py --small                       # tiny sizes, to try it; writes no result of the pages
 
-Each measurement is one of the scripts beside this one, with its result file. After all have run once, those with noisy
-rows (a quartile further than 10 % from the median) run again with more repetitions, the shortest first, for as long
-as the time lasts; what is noisy then says so in its table (`noisy` in the result file). A script that would take
-longer than what is left is stopped; what it measured before stays. `--data` is a folder like the Hub's
-`nyu-mll/glue`; without it, what needs real rows is left out. At the end `tables.py` writes the pages.
+Each measurement is one of the scripts beside this one, with its result file. On a machine that is too slow for all of
+them they have fewer repetitions, by the time that the first ones took. After all have run once, those with noisy rows
+(a quartile further than 10 % from the median) run again with more repetitions, the shortest first, for as long as the
+time lasts; what is noisy then says so in its table (`noisy` in the result file). A script that would take longer than
+what is left is stopped; what it measured before stays. `--data` is a folder like the Hub's `nyu-mll/glue`; without
+it, what needs real rows is left out. At the end `tables.py` writes the pages.
 """
 
 import argparse
@@ -36,14 +37,17 @@ class Measurement:
         files: result files that it writes.
         words: arguments besides the repetitions.
         small: arguments of a trial, in place of `words`.
+        expected: about how many seconds it takes on one core of a server (AMD EPYC of 2024) with these `repeats`.
         repeats: how often its variants take turns, at first.
         option: that sets it.
+        data: whether it needs real rows.
     """
 
     script: str
     files: tuple[str, ...]
     words: str
     small: str
+    expected: float
     repeats: int = 3
     option: str = REPEATS
     data: bool = False
@@ -56,46 +60,46 @@ class Measurement:
 
 
 MEASUREMENTS = {
-    "startup": Measurement("startup", ("startup",), "--result startup", "--result startup --only help", 2),
+    "startup": Measurement("startup", ("startup",), "--result startup", "--result startup --only help", 190, 2),
     "projected": Measurement(
         "projected", ("projected",), "time --size roberta-base --train 64 --test 64 --length 64 --result projected",
-        "time --size roberta-base --train 2 --test 2 --length 4 --dimension 64 --result projected", 10, "--every",
+        "time --size roberta-base --train 2 --test 2 --length 4 --dimension 64 --result projected", 75, 10, "--every",
     ),
     "fisher": Measurement(
         "fisher", ("fisher",), "--threads 1 --result fisher --examples 16 --forwards 4",
-        "--threads 1 --result fisher --examples 2 --length 4 --layers 1 --forwards 2 --batch 2",
+        "--threads 1 --result fisher --examples 2 --length 4 --layers 1 --forwards 2 --batch 2", 240,
     ),
     "sparse": Measurement(
-        "sparse", ("sparse_step",), "--size roberta-base --threads 1 --save --steps 1 --variants full lora adapter",
-        "--size small --threads 1 --save --batch 2 --length 8 --variants lora adapter",
+        "sparse", ("sparse_step",), "--size roberta-base --threads 1 --clock processor --save --steps 1 --variants "
+        "full lora adapter", "--size small --threads 1 --save --batch 2 --length 8 --variants lora adapter", 450,
     ),
     # a step of these takes minutes with all layers
     "sparse_published": Measurement(
         "sparse", ("sparse_step",), "--size roberta-base --layers 2 --threads 1 --save --steps 1 --variants lora "
         "published dynamic",
-        "--size small --layers 1 --threads 1 --save --batch 2 --length 8 --variants lora dynamic",
+        "--size small --layers 1 --threads 1 --save --batch 2 --length 8 --variants lora dynamic", 240,
     ),
     "basis": Measurement(
-        "basis", ("basis",), "--threads 1 --shape 384 1536 --gradients 90 --result basis",
-        "--threads 1 --shape 16 24 --gradients 4 --leading 4 --result basis",
+        "basis", ("basis",), "--threads 1 --shape 384 1536 --gradients 30 --result basis",
+        "--threads 1 --shape 16 24 --gradients 4 --leading 4 --result basis", 70,
     ),
     "zeroth_order": Measurement(
-        "zeroth_order", ("zeroth-order",), "--threads 1 --steps 1 --variants mezo-published evaluation spsa lozo "
-        "fzoo-outer", "--layers 1 --batch 1 --length 4 --steps 1 --variants evaluation mezo-published spsa",
+        "zeroth_order", ("zeroth-order",), "--threads 1 --steps 1 --variants mezo-published evaluation spsa lozo",
+        "--layers 1 --batch 1 --length 4 --steps 1 --variants evaluation mezo-published spsa", 250,
     ),
     "zeroth_order_16_bits": Measurement(
         "zeroth_order", ("zeroth-order",), "--threads 1 --steps 1 --dtype bfloat16 --variants mezo-published "
-        "evaluation spsa lozo fzoo-outer fzoo-outer-batched",
-        "--dtype bfloat16 --layers 1 --batch 1 --length 4 --steps 1 --variants evaluation spsa",
+        "evaluation spsa lozo fzoo-outer-batched",
+        "--dtype bfloat16 --layers 1 --batch 1 --length 4 --steps 1 --variants evaluation spsa", 330,
     ),
     "gradientless": Measurement(
         "gradientless", ("gradientless",), "--threads 1 --steps 100 --result gradientless",
-        "--threads 1 --steps 2 --batch 2 --length 4 --variants adam spsa-head --result gradientless",
+        "--threads 1 --steps 2 --batch 2 --length 4 --variants adam spsa-head --result gradientless", 220,
     ),
     # last: it takes a third of the time, most of it in the published engine
     "kernel": Measurement(
         "kernel", ("kernel",), "--result kernel --formulas sgd signgd",
-        "--result kernel --size roberta-base --train 1 --test 1 --length 4 --variants structured --formulas sgd",
+        "--result kernel --size roberta-base --train 1 --test 1 --length 4 --variants structured --formulas sgd", 480,
         data=True,
     ),
 }  # fmt: skip
@@ -113,6 +117,19 @@ class Run:
 
     def left(self) -> float:
         return self.end - time.monotonic()
+
+    def first_repeats(self, name: str, later: list[str]) -> int:
+        """Repetitions of a measurement with which it and those `later` fit into what is left, at the pace so far."""
+        if self.args.small:
+            return 1
+        own = MEASUREMENTS[name]
+        if own.option != REPEATS:
+            return own.repeats
+        done = [(MEASUREMENTS[other], repeats) for other, repeats in self.repeats.items()]
+        expected = sum(one.expected * repeats / one.repeats for one, repeats in done)
+        pace = sum(self.seconds.values()) / expected if expected else 1.0
+        needed = pace * sum(MEASUREMENTS[other].expected for other in (name, *later))
+        return max(1, int(own.repeats * min(1.0, self.left() / needed)))
 
     def command(self, name: str, repeats: int) -> list[str]:
         """The command of a measurement, whose rows are those of this run from now on."""
@@ -149,12 +166,17 @@ class Run:
 def measure_all(run: Run, names: list[str]) -> list[str]:
     """All measurements once, the noisy ones again while there is time; the names of those that failed."""
     failed = []
-    for name in names:
-        if MEASUREMENTS[name].data and run.args.data is None and not run.args.small:
-            print(f"{name}: left out, it needs --data")
-        elif run.left() <= 0:
+
+    def possible(name: str) -> bool:
+        return run.args.small or run.args.data is not None or not MEASUREMENTS[name].data
+
+    for name in [name for name in names if not possible(name)]:
+        print(f"{name}: left out, it needs --data")
+    names = [name for name in names if possible(name)]
+    for number, name in enumerate(names):
+        if run.left() <= 0:
             print(f"{name}: left out, no time left")
-        elif not run.measure(name, 1 if run.args.small else MEASUREMENTS[name].repeats):
+        elif not run.measure(name, run.first_repeats(name, names[number + 1 :])):
             failed.append(name)
     waiting = [name for name in sorted(run.seconds, key=run.seconds.__getitem__) if name not in failed]
     for name in waiting:
@@ -179,11 +201,10 @@ def main() -> int:
             for row in run.noisy(name):
                 about = ", ".join(str(v) for key, v in row.items() if key not in results.MEASURED)
                 print(f"noisy: {name}, {about}: {row['value']:.3g} ({row['low']:.3g}-{row['high']:.3g})")
-    if not args.small:
-        subprocess.run([sys.executable, str(HERE / "tables.py")], check=True)
     for name in failed:
         print(f"failed or stopped: {name}")
-    return 1 if failed else 0
+    written = 0 if args.small else subprocess.run([sys.executable, str(HERE / "tables.py")]).returncode
+    return 1 if failed or written else 0
 
 
 if __name__ == "__main__":
