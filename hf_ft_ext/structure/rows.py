@@ -21,9 +21,9 @@ def trial_device(model: nn.Module) -> torch.device:
 def trial_rows(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
     """Iterate over batches that `model` may accept, the likeliest first.
 
-    Token ids `[2, 16]` with attention mask; the same with decoder ids; one row; ids only. For models of images or
-    sounds these, of the size that the configuration states. A model that needs more inputs than token ids returns
-    them from a method `trial_inputs(ids)`.
+    Token ids `[2, 16]` with attention mask; the same with decoder ids; one row; ids only; two choices per row,
+    `[2, 2, 16]`. For models of images or sounds these, of the size that the configuration states. A model that needs
+    more inputs than token ids returns them from a method `trial_inputs(ids)`.
     """
     config = getattr(model, "config", None)
     device = trial_device(model)
@@ -44,6 +44,7 @@ def trial_rows(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
     yield {**batch, "decoder_input_ids": ids}
     yield {name: value[:1] for name, value in batch.items()}  # a decoder without a padding token takes one row only
     yield {"input_ids": ids}
+    yield {name: torch.stack((value, value), 1) for name, value in batch.items()}  # of multiple choice
 
 
 def trial_copy(model: nn.Module) -> nn.Module:

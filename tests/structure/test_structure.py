@@ -10,7 +10,13 @@ from classifiers import tiny_classifier
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_masked_lm, tiny_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, BertModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultipleChoice,
+    AutoModelForSeq2SeqLM,
+    BertModel,
+)
 
 from hf_ft_ext import InputError, LoraTrainingArguments, convert_to_sparse, find_structure
 from hf_ft_ext.lora.trainer import add_lora
@@ -222,6 +228,15 @@ def test_other_heads_and_a_base_model():
     assert len(find_structure(AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **small))).layers) == 2
     t5 = tiny_classifier("t5").config
     assert len(find_structure(AutoModelForSeq2SeqLM.from_config(t5)).layers) == 4
+
+
+@pytest.mark.parametrize("kind", ["bert", "distilbert", "canine", "xlnet"])
+def test_multiple_choice_has_the_layers_of_a_classifier(kind):
+    classifier = tiny_classifier(kind)
+    assert (
+        find_structure(AutoModelForMultipleChoice.from_config(classifier.config)).layers
+        == find_structure(classifier).layers
+    )
 
 
 def test_experts_that_the_rows_did_not_reach_count_too():
