@@ -20,11 +20,11 @@ one without a learning rate has nothing to try.
 With `--few_shot` a seed also draws the data, and every learning rate is run in full with every seed. Of the runs of a
 seed, the one that is best on the dev split counts, with its score on the test split.
 
-Every variant has one seed before any has two. Each run is a process of its own, `--workers` of them at a time with
-their share of the threads. Runs that are there already (with the same command) are not repeated, so an interrupted
-study continues; a run that fails is named and left out. `table.md` in the output folder and the result file
-(`--result`, see `results.py`) are written after every run: the study can be stopped at any time. Weights are deleted
-once a run is recorded. What follows `--` goes to `run_glue.py` as it is.
+Every variant is tuned and run with one seed before any has two. Each run is a process of its own, `--workers` of them
+at a time with their share of the threads. Runs that are there already (with the same command) are not repeated, so an
+interrupted study continues; a run that fails is named and left out. `table.md` in the output folder and the result
+file (`--result`, see `results.py`) are written after every run: the study can be stopped at any time. Weights are
+deleted once a run is recorded. What follows `--` goes to `run_glue.py` as it is.
 
 `--known NAME` goes on with a study whose output folder is gone: the rates that stand in result file `NAME` count as
 tried, and the seeds as run. The settings have to be those of that file's commands. `--rates_of TASK` tries nothing:
@@ -129,7 +129,7 @@ class Job:
 
 
 def stages(variants: list[Variant], args: argparse.Namespace, passed_on: list[str]) -> Iterator[list[Job]]:
-    """Jobs that can run beside each other, stage by stage: the tries, then seed by seed."""
+    """Jobs that can run beside each other, stage by stage: for each variant the tries and a run, then seed by seed."""
 
     def job(variant: Variant, rate: str | None, seed: int, folder: str, length: dict, tuning: bool = False) -> Job:
         path = variant.folder / folder
@@ -155,16 +155,16 @@ def stages(variants: list[Variant], args: argparse.Namespace, passed_on: list[st
                 for rate in variant.rates
             ]
         return
-    yield [
-        job(variant, rate, args.seeds[0], f"{variant.name}-tune-{rate}", tune, tuning=True)
-        for variant in variants
-        if len(variant.rates) > 1  # nothing to choose from one
-        for rate in variant.rates
-        if rate not in variant.known_tries
-    ]
-    for seed in args.seeds:
+
+    def tries(variant: Variant) -> list[Job]:
+        if len(variant.rates) == 1:  # nothing to choose from
+            return []
+        wanted = [rate for rate in variant.rates if rate not in variant.known_tries]
+        return [job(variant, rate, args.seeds[0], f"{variant.name}-tune-{rate}", tune, True) for rate in wanted]
+
+    def runs(some: list[Variant], seed: int) -> list[Job]:
         jobs = []
-        for variant in variants:
+        for variant in some:
             if seed in variant.known.get("score", {}):
                 continue
             best = variant.best()
@@ -173,7 +173,17 @@ def stages(variants: list[Variant], args: argparse.Namespace, passed_on: list[st
                 variant.records[seed] = variant.tried[best]  # that very run
             else:
                 jobs.append(job(variant, best, seed, f"{variant.name}-{seed}", whole))
-        yield jobs
+        return jobs
+
+    # One variant after the other, so that a study which is left early has whole rows; its tries beside the run of
+    # the variant before, so that all workers have something to do.
+    tuned = [variant for variant in variants if not tries(variant)]
+    for variant in [variant for variant in variants if variant not in tuned]:
+        yield runs(tuned, args.seeds[0]) + tries(variant)
+        tuned = [variant]
+    yield runs(tuned, args.seeds[0])
+    for seed in args.seeds[1:]:
+        yield runs(variants, seed)
 
 
 def study(variants: list[Variant], args: argparse.Namespace, passed_on: list[str]) -> None:

@@ -210,6 +210,23 @@ def test_a_study_goes_on_from_its_result_file(tmp_path, monkeypatch, few_shot):
     assert few_shot or rows["v", "tuning score", "1e-4"]["value"] == 0.5
 
 
+def test_a_study_has_whole_rows_early(tmp_path):
+    """A variant runs before the next one is tuned, those with nothing to tune first; then comes the next seed."""
+    study = tmp_path / "study.yaml"
+    rates = "learning_rate: ['1e-4', '1e-3']"
+    study.write_text(
+        f"v: {{method: lora, {rates}}}\nw: {{method: lora, learning_rate: '5'}}\nx: {{method: full, {rates}}}"
+    )
+    args = SimpleNamespace(
+        study=study, rates=None, only=None, task_name=["cola"], output_dir=tmp_path / "runs", report=None,
+        few_shot=False, known=None, rates_of=None, data_seeds=False, seeds=[1, 2], epochs=2.0, tune_epochs=1.0,
+        tune_steps=None,
+    )  # fmt: skip
+    found = quality.stages(quality.variants_of(args), args, [])
+    jobs = [[f"{job.variant.name}{job.seed}{'?' * job.tuning}" for job in stage] for stage in found]
+    assert jobs == [["w1", "v1?", "v1?"], ["v1", "x1?", "x1?"], ["x1"], ["v2", "w2", "x2"]]
+
+
 def test_a_study_takes_the_rates_of_another_task(tmp_path, monkeypatch):
     """No rate is tried, the other task's scores count for nothing here, and a variant without tries is refused."""
     study = tmp_path / "study.yaml"
