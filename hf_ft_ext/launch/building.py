@@ -96,18 +96,7 @@ def load(
     trainer_class: Any = find_method(run_args.method).trainer_class()
     finished = _finished_run(run_args.method, model_args, args)
 
-    def load_model() -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-        tokenizer, model = load_tokenizer_and_model(model_args, data, seed=args.seed, data_args=data_args, args=args)
-        if data_args.calibrate:
-            _check_calibration(run_args, args)
-            if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-                raise InputError(
-                    "--calibrate runs the language model without the virtual tokens of this adapter; calibrate when "
-                    "training it, or leave --calibrate out"
-                )
-            calibrate(model, tokenizer, data, data_args, model_max_length(model, tokenizer), args.data_seed)
-        return tokenizer, model
-
+    load_model = functools.partial(_load_model, run_args, model_args, data_args, args, data)
     if finished is None:
         tokenizer, model = load_model()
     else:
@@ -115,20 +104,12 @@ def load(
     if finished is None:
         trainer_class = trainer_class_for(run_args.method, model, args)
     check_model_placement(model, args, trainer_class, bool(run_args.hp_search))
-    limit = model_max_length(model, tokenizer)
     kind = model.config.problem_type
     if data.label_names is None and data.problem_type != kind:  # no labels: take the problem type from the model
         data = replace(data, problem_type=kind, metric=data_args.metric or default_metrics(kind))
     thresholds = _saved_thresholds(model.config, data_args, args)
     check_scoring(run_args, data_args, args, data, kind, data.metric_function(data_args.multi_label_threshold))
-    if is_prompt_model(model):
-        if run_args.given.get("few_shot_type") == FINETUNE:
-            raise InputError(
-                "--few_shot_type finetune: the model was saved with a prompt; leave it out, or pass another model"
-            )
-        data = tokenize_prompts(data, tokenizer, data_args, model.config, limit, args.data_seed)
-    else:
-        data = tokenize(data, tokenizer, data_args, label2id=model.config.label2id, model_max_length=limit)
+    data = _tokenized(run_args, data_args, args, data, tokenizer, model)
     _start_from_linear_head(run_args, args, model, data, tokenizer)
     make_trainer: Callable[..., Trainer] = trainer_class
     if finished is not None:
@@ -157,6 +138,45 @@ def load(
         return check_trainer(trainer, run_args.method)
 
     return build, data
+
+
+def _load_model(
+    run_args: RunArguments,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: MethodTrainingArguments,
+    data: TaskData,
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """Load tokenizer and model, and calibrate a prompt model if asked to."""
+    tokenizer, model = load_tokenizer_and_model(model_args, data, seed=args.seed, data_args=data_args, args=args)
+    if data_args.calibrate:
+        _check_calibration(run_args, args)
+        if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+            raise InputError(
+                "--calibrate runs the language model without the virtual tokens of this adapter; calibrate when "
+                "training it, or leave --calibrate out"
+            )
+        calibrate(model, tokenizer, data, data_args, model_max_length(model, tokenizer), args.data_seed)
+    return tokenizer, model
+
+
+def _tokenized(
+    run_args: RunArguments,
+    data_args: DataArguments,
+    args: MethodTrainingArguments,
+    data: TaskData,
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+) -> TaskData:
+    """The data as token ids: by the template of a prompt model, else as plain texts."""
+    limit = model_max_length(model, tokenizer)
+    if not is_prompt_model(model):
+        return tokenize(data, tokenizer, data_args, label2id=model.config.label2id, model_max_length=limit)
+    if run_args.given.get("few_shot_type") == FINETUNE:
+        raise InputError(
+            "--few_shot_type finetune: the model was saved with a prompt; leave it out, or pass another model"
+        )
+    return tokenize_prompts(data, tokenizer, data_args, model.config, limit, args.data_seed)
 
 
 def in_training_order(stream: IterableDataset, buffer: int, args: MethodTrainingArguments) -> IterableDataset:

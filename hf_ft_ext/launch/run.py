@@ -4,6 +4,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from hf_ft_ext.errors import InputError, PushError
 from hf_ft_ext.launch.choice import read_choice
@@ -71,8 +72,6 @@ def run_method(argv: list[str], program: list[str], signals: Signals, at_end: co
     from hf_ft_ext.arguments import SEQUENCE_CLASSIFICATION
     from hf_ft_ext.launch import building, folder, language, results, search, sharing  # after --help has been answered
     from hf_ft_ext.launch.interruption import SaveAndStop
-    from hf_ft_ext.structure.table import parts_table
-    from hf_ft_ext.training.runs.plan import training_plan
 
     if args.disable_tqdm or args.process_index > 0:
         silence_bars()
@@ -86,15 +85,10 @@ def run_method(argv: list[str], program: list[str], signals: Signals, at_end: co
     if args.world_size > 1:
         keep_alive(trainer)
     if run_args.dry_run:
-        plan = training_plan(trainer)
-        if args.process_index == 0:
-            print(plan.table())
-            # In a sharded run a process holds only parts of the weights, and a forward pass would wait for the others.
-            if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
-                print("", parts_table(trainer.model), sep="\n")
-            if not existed:  # `Trainer` creates it
-                with contextlib.suppress(OSError):
-                    os.rmdir(args.output_dir)
+        _show_plan(trainer)
+        if args.process_index == 0 and not existed:  # `Trainer` creates it
+            with contextlib.suppress(OSError):
+                os.rmdir(args.output_dir)
         trainer.accelerator.end_training()
         return
     folder.prepare_folder(run_args, args, at_end)  # only now, when all input has been checked
@@ -105,21 +99,7 @@ def run_method(argv: list[str], program: list[str], signals: Signals, at_end: co
             trainer = build_trainer(args)
             if args.world_size > 1:
                 keep_alive(trainer)
-        metrics, push = {}, False
-        if args.do_train:
-            metrics |= trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
-            push = sharing.postpone_push(args)  # save_model would push before there are metrics
-            trainer.save_model()
-            trainer.save_state()  # saves the log of losses even without checkpoints
-        signals.check()
-        results.choose_thresholds(trainer, data.validation)
-        if args.do_eval:
-            metrics |= results.evaluate_all(trainer, data.validation)
-        if args.do_predict:
-            metrics |= results.predict_all(trainer, data.test, run_args.prediction_probabilities)
-        signals.check()
-        if args.do_train and not args.load_best_model_at_end:  # the final evaluation is of the last step
-            trainer.save_state()
+        metrics, push = _train_and_score(trainer, data, run_args, args, signals)
         if trainer.is_world_process_zero():
             print(results.record_run(trainer, metrics, [*program, *argv], run_args, model_args, data_args, data))
     failure = sharing.push_finished(trainer, push)
@@ -127,6 +107,44 @@ def run_method(argv: list[str], program: list[str], signals: Signals, at_end: co
     trainer.accelerator.end_training()
     if failure is not None:
         raise failure
+
+
+def _train_and_score(
+    trainer: Any, data: Any, run_args: Any, args: Any, signals: Signals
+) -> tuple[dict[str, float], bool]:
+    """Train, save, evaluate and predict, as far as the arguments ask for it: the metrics, and the postponed push."""
+    from hf_ft_ext.launch import results, sharing
+
+    metrics, push = {}, False
+    if args.do_train:
+        metrics |= trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
+        push = sharing.postpone_push(trainer)  # save_model would push before there are metrics
+        trainer.save_model()
+        trainer.save_state()  # saves the log of losses even without checkpoints
+    signals.check()
+    results.choose_thresholds(trainer, data.validation)
+    if args.do_eval:
+        metrics |= results.evaluate_all(trainer, data.validation)
+    if args.do_predict:
+        metrics |= results.predict_all(trainer, data.test, run_args.prediction_probabilities)
+    signals.check()
+    if args.do_train and not args.load_best_model_at_end:  # the final evaluation is of the last step
+        trainer.save_state()
+    return metrics, push
+
+
+def _show_plan(trainer: Any) -> None:
+    """Print what the run would train, and the parts of the model. All processes call it; the first one prints."""
+    from hf_ft_ext.structure.table import parts_table
+    from hf_ft_ext.training.runs.plan import training_plan
+
+    plan = training_plan(trainer)
+    if trainer.args.process_index > 0:
+        return
+    print(plan.table())
+    # In a sharded run a process holds only parts of the weights, and a forward pass would wait for the others.
+    if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
+        print("", parts_table(trainer.model), sep="\n")
 
 
 def _report_interruption(stop: Interrupted, signals: Signals) -> int:

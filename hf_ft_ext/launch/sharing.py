@@ -46,9 +46,12 @@ def prepare_branch(trainer: Trainer) -> None:
         ) from error
 
 
-def postpone_push(args: TrainingArguments) -> bool:
-    """Return whether the run is to be pushed, and keep the trainer from pushing by itself."""
-    wanted, args.push_to_hub = args.push_to_hub, False
+def postpone_push(trainer: Trainer) -> bool:
+    """Return whether the run is to be pushed, and keep the trainer from pushing by itself.
+
+    Its arguments are not the launcher's where it needs a class of its own (trl's, `Seq2SeqTrainer`'s).
+    """
+    wanted, trainer.args.push_to_hub = trainer.args.push_to_hub, False
     return wanted
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from decoders import save_decoder
 from huggingface_hub import HfApi
 from offline import write_model
 from run_records import model_run, run_record, write_run
@@ -192,6 +193,27 @@ def test_every_method_is_pushed_and_pulled_into_a_fresh_process(hub, base, token
         exact = not name.endswith("-delta")  # a delta is added to the base: equal to rounding
         assert torch.allclose(torch.tensor(pulled[name]), own, atol=0 if exact else 1e-5, rtol=0), name
         assert not torch.allclose(own, logits(AutoModelForSequenceClassification.from_pretrained("base"), tokenizer))
+
+
+@pytest.mark.parametrize(("family", "method"), [("llama", "lora"), ("gpt2", "full"), ("t5", "sparse")])
+def test_language_models_are_pushed_once_at_the_end(hub, family, method, capsys, tmp_path):
+    save_decoder(tmp_path / family, family)
+    pairs = [{"prompt": "the film was", "completion": " great"}, {"prompt": "a dull plot, and", "completion": " bad"}]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs * 8)))
+    status = run_glue.main(
+        [
+            "--method", method, "--model_name_or_path", family, "--train_file", "pairs.jsonl", "--validation_file",
+            "pairs.jsonl", "--task_type", "seq2seq_lm" if family == "t5" else "causal_lm", "--max_seq_length", "16",
+            "--use_cpu", "--disable_tqdm", "true", "--output_dir", "run", "--max_steps", "2", "--push_to_hub",
+            *QUICK.get(method, ()),
+        ]
+    )  # fmt: skip
+    assert status == 0, capsys.readouterr().err
+    repository = hub.repositories["me/run"]
+    assert len(repository.commits) == 1 and "pushed: http" in capsys.readouterr().out
+    assert json.loads(repository.files["run.json"])["metrics"]["eval_perplexity"] > 0
+    assert {"README.md", "tokenizer.json"} <= repository.files.keys()
+    assert not [f for f in repository.files if "training_args" in f or "checkpoint" in f]
 
 
 def test_tokens_and_paths_are_in_no_file_and_not_in_the_repository(hub, base, monkeypatch, capsys, tmp_path):

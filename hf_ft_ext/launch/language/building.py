@@ -148,20 +148,8 @@ def load(
         )
     check_splits(run_args, args, data)
     _choose_best_metric(run_args, args)
-    writes = data_args.predict_with_generate or args.do_predict
-    if writes and data.form is Form.TEXT:
-        option = "predict_with_generate" if data_args.predict_with_generate else "do_predict"
-        raise InputError(
-            f"--{option} continues a prompt, and rows of text have none; pass data with prompt and completion, or "
-            "messages"
-        )
-    causal = run_args.task_type == CAUSAL_LM
-    if not causal and (data.form is not Form.PROMPT or _is_chat(data)):
-        raise InputError(
-            "--task_type seq2seq_lm writes a completion to a prompt, both texts, and the data has "
-            f"{Form.MESSAGES if _is_chat(data) else data.form}; pass columns prompt and completion (--text_columns), "
-            "or --task_type causal_lm"
-        )
+    writes, causal = data_args.predict_with_generate or args.do_predict, run_args.task_type == CAUSAL_LM
+    _check_form(data, data_args, writes, causal)
     tokenizer, model = load_tokenizer_and_language_model(model_args, run_args.task_type, args=args)
     _check_chat_template(data, tokenizer, data_args)
     kind = trainer_class_for(run_args.method, model, args)
@@ -172,36 +160,24 @@ def load(
     if writes:
         room_for_prompts(context, data_args.max_new_tokens, causal, decoder_length)
     if causal:
-        if tokenizer.eos_token is None and not _is_chat(data):
-            raise InputError(
-                f"the tokenizer {tokenizer.name_or_path!r} has no end token, which ends each row of {data.form}; set "
-                "eos_token in its tokenizer_config.json, or pass another tokenizer (--tokenizer_name)"
-            )
-        from trl import SFTTrainer
-
-        trainer_class = type(f"{kind.__name__}AndSFTTrainer", (Perplexity, kind, CountedTruncation, SFTTrainer), {})
+        _check_end_token(tokenizer, data)
         train, evaluated = data.train, next(iter(data.validation.values()), None)
     else:
         set_languages(tokenizer, data_args.source_lang, data_args.target_lang)
         fit_encoder_decoder(model, tokenizer)
         warn_of_read_padding(model, args)
-        trainer_class = type(f"{kind.__name__}AndSeq2SeqTrainer", (Perplexity, kind, Seq2SeqTrainer), {})
         limits = length, min(length, decoder_length or length)
         train = None if data.train is None else encoder_decoder_rows("train", data.train, tokenizer, *limits)
         data.tokenized = {n: encoder_decoder_rows(n, rows, tokenizer, *limits) for n, rows in data.validation.items()}
         evaluated = next(iter(data.tokenized.values()), None)
+    trainer_class = _trainer_class(kind, causal)
 
     def build(args: MethodTrainingArguments) -> Trainer:
         rows = train if args.do_train else evaluated if causal else None
         if rows is None and causal:  # trl requires training rows even without training
             rows = Dataset.from_dict({key: [[tokenizer.pad_token_id] * 2] for key in ("input_ids", "labels")})
-        # attributes for trl's arguments, see MethodTrainer._complete
-        own: dict[str, Any] = {"max_length": length, "packing": data_args.packing, "eval_packing": False}
-        own |= {"completion_only_loss": data_args.completion_only_loss}
-        own |= {"assistant_only_loss": data_args.assistant_only_loss}
-        own |= {"chat_template_path": data_args.chat_template_path, "pad_token": tokenizer.pad_token}
-        for name, value in own.items() if causal else ():
-            setattr(args, name, value)
+        if causal:
+            _set_trl_arguments(args, data_args, tokenizer, length)
         with trainer_errors_as_input_errors(args), template_errors():
             trainer = trainer_class(
                 model=copy.deepcopy(model) if run_args.hp_search else model,  # each trial needs its own
@@ -219,6 +195,48 @@ def load(
         return check_trainer(trainer, run_args.method)
 
     return build, data
+
+
+def _check_form(data: LanguageData, data_args: DataArguments, writes: bool, causal: bool) -> None:
+    """Raise an `InputError` for rows that cannot be continued if `writes`, or that an encoder-decoder cannot take."""
+    if writes and data.form is Form.TEXT:
+        option = "predict_with_generate" if data_args.predict_with_generate else "do_predict"
+        raise InputError(
+            f"--{option} continues a prompt, and rows of text have none; pass data with prompt and completion, or "
+            "messages"
+        )
+    if not causal and (data.form is not Form.PROMPT or _is_chat(data)):
+        raise InputError(
+            "--task_type seq2seq_lm writes a completion to a prompt, both texts, and the data has "
+            f"{Form.MESSAGES if _is_chat(data) else data.form}; pass columns prompt and completion (--text_columns), "
+            "or --task_type causal_lm"
+        )
+
+
+def _check_end_token(tokenizer: PreTrainedTokenizerBase, data: LanguageData) -> None:
+    if tokenizer.eos_token is None and not _is_chat(data):
+        raise InputError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no end token, which ends each row of {data.form}; set "
+            "eos_token in its tokenizer_config.json, or pass another tokenizer (--tokenizer_name)"
+        )
+
+
+def _trainer_class(method: type[Trainer], causal: bool) -> Any:
+    """The method's trainer, which prepares rows and computes losses as trl's or transformers' one for texts does."""
+    if not causal:
+        return type(f"{method.__name__}AndSeq2SeqTrainer", (Perplexity, method, Seq2SeqTrainer), {})
+    from trl import SFTTrainer
+
+    return type(f"{method.__name__}AndSFTTrainer", (Perplexity, method, CountedTruncation, SFTTrainer), {})
+
+
+def _set_trl_arguments(
+    args: MethodTrainingArguments, data_args: DataArguments, tokenizer: PreTrainedTokenizerBase, length: int
+) -> None:
+    """Set the attributes that `MethodTrainer._complete` takes over into trl's arguments."""
+    for name in ("packing", "completion_only_loss", "assistant_only_loss", "chat_template_path"):
+        setattr(args, name, getattr(data_args, name))
+    args.max_length, args.eval_packing, args.pad_token = length, False, tokenizer.pad_token
 
 
 class LanguageRun:
