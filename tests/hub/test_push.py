@@ -3,16 +3,13 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from decoders import save_decoder
 from huggingface_hub import HfApi
 from offline import write_model
+from pushed import QUICK, card_of, fresh_process, snippets
 from run_records import model_run, run_record, write_run
 from stand_in import BROKEN, Fault, Repository
 from tiny import tiny_model, write_texts
@@ -25,12 +22,6 @@ from hf_ft_ext.hub.__main__ import main as push_main
 from hf_ft_ext.hub.push import push_run
 from hf_ft_ext.methods import METHODS
 
-ROOT = Path(__file__).resolve().parents[2]
-# Quick settings; None = what `push` passes to all.
-QUICK = {
-    "sparse": ["--sparse_basis_steps", "2", "--sparse_density", "0.2"],
-    "gradientless": ["--feature_cache_dir", "features"],
-}
 MASK = ["--fisher_mode", "mask", "--fisher_keep_ratio", "0.1", "--fisher_examples", "8"]
 # Layers converted in place: the whole model is saved, and a delta beside it.
 STRUCTURED = [*QUICK["sparse"], "--sparse_support", "structured", "--sparse_train_rest", "LayerNorm"]
@@ -68,36 +59,11 @@ def push(model: str, method: str, name: str, *extra: str) -> int:
     )  # fmt: skip
 
 
-def card_of(hub, name: str) -> tuple[dict, str]:
-    text = hub.repositories[f"me/{name}"].files["README.md"].decode()
-    _, metadata, rest = text.split("---\n", 2)
-    return yaml.safe_load(metadata), rest
-
-
-def snippets(text: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-
-
 def logits(model, tokenizer) -> torch.Tensor:
     with torch.no_grad():
         return model.eval()(
             **tokenizer(["the film was good", "a bad , dull plot"], return_tensors="pt", padding=True)
         ).logits
-
-
-def fresh_process(program: str, hub, folder: Path) -> subprocess.CompletedProcess:
-    """Run Python in an empty folder, with nothing at hand but the Hub."""
-    folder.mkdir(exist_ok=True)
-    environment = {
-        **os.environ, "PYTHONPATH": str(ROOT), "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "OMP_NUM_THREADS": "1",
-        "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(folder / "home"),
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=folder, env=environment, capture_output=True, text=True, timeout=120,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
 
 
 def pushed_kernels(hub, base: str, tmp_path: Path) -> tuple[dict, list[str]]:
@@ -193,27 +159,6 @@ def test_every_method_is_pushed_and_pulled_into_a_fresh_process(hub, base, token
         exact = not name.endswith("-delta")  # a delta is added to the base: equal to rounding
         assert torch.allclose(torch.tensor(pulled[name]), own, atol=0 if exact else 1e-5, rtol=0), name
         assert not torch.allclose(own, logits(AutoModelForSequenceClassification.from_pretrained("base"), tokenizer))
-
-
-@pytest.mark.parametrize(("family", "method"), [("llama", "lora"), ("gpt2", "full"), ("t5", "sparse")])
-def test_language_models_are_pushed_once_at_the_end(hub, family, method, capsys, tmp_path):
-    save_decoder(tmp_path / family, family)
-    pairs = [{"prompt": "the film was", "completion": " great"}, {"prompt": "a dull plot, and", "completion": " bad"}]
-    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs * 8)))
-    status = run_glue.main(
-        [
-            "--method", method, "--model_name_or_path", family, "--train_file", "pairs.jsonl", "--validation_file",
-            "pairs.jsonl", "--task_type", "seq2seq_lm" if family == "t5" else "causal_lm", "--max_seq_length", "16",
-            "--use_cpu", "--disable_tqdm", "true", "--output_dir", "run", "--max_steps", "2", "--push_to_hub",
-            *QUICK.get(method, ()),
-        ]
-    )  # fmt: skip
-    assert status == 0, capsys.readouterr().err
-    repository = hub.repositories["me/run"]
-    assert len(repository.commits) == 1 and "pushed: http" in capsys.readouterr().out
-    assert json.loads(repository.files["run.json"])["metrics"]["eval_perplexity"] > 0
-    assert {"README.md", "tokenizer.json"} <= repository.files.keys()
-    assert not [f for f in repository.files if "training_args" in f or "checkpoint" in f]
 
 
 def test_tokens_and_paths_are_in_no_file_and_not_in_the_repository(hub, base, monkeypatch, capsys, tmp_path):
