@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from peft.tuners.tuners_utils import _ExcludedModule
+from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule
 from torch import nn
 
 _NUMBERED = re.compile(r"(?P<stack>.*?[^.]*)\.(?P<index>\d+)\.(?P<rest>.+)")
@@ -47,7 +47,7 @@ def split_layer(name: str, layers_pattern: str | Iterable[str] | None = None) ->
     if layers_pattern:
         patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
         for pattern in patterns:
-            match = re.match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.(?P<rest>.+)", name)
+            match = re.match(rf"(?:^|.*?\.)(?:{pattern})\.(?P<index>\d+)\.(?P<rest>.+)", name)
             if match:
                 return NameInLayer(int(match["index"]), match["rest"])
         return None
@@ -85,6 +85,19 @@ def in_layers(config, inner: NameInLayer | None) -> bool:
     if layers is None or layers == []:
         return True
     return inner is not None and inner.layer in ([layers] if isinstance(layers, int) else layers)
+
+
+def inside_adapter(name: str, model: nn.Module) -> bool:
+    """Whether a module is part of an adapter, or the module inside of an adapter's wrapper."""
+    if name.endswith("base_layer"):
+        return True
+    owner = ""
+    for part in name.split(".")[:-1]:
+        owner = f"{owner}.{part}".removeprefix(".")
+        module = model.get_submodule(owner)
+        if isinstance(module, BaseTunerLayer) and not name.startswith(f"{owner}.base_layer."):
+            return True
+    return False
 
 
 def other_holder(model: nn.Module, module: nn.Module) -> str | None:

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_ft_ext.adapters.layers import matches, names_by_layer, plain_name, split_layer
+from hf_ft_ext.adapters.layers import inside_adapter, matches, names_by_layer, plain_name, split_layer
 from hf_ft_ext.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -29,9 +29,11 @@ class LayerTuner(BaseTuner):
 
     Attributes:
         cannot_merge: for error messages: why its adapters cannot be merged; `None` = they can.
+        reaches_wrapped: whether it adapts modules inside of modules that adapters have wrapped; peft skips them.
     """
 
     cannot_merge: str | None = None
+    reaches_wrapped = False
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (peft's form; targets are found by structure)
 
     def _prepare_adapter_config(self, peft_config, model_config: dict):
@@ -53,6 +55,8 @@ class LayerTuner(BaseTuner):
             peft_config.target_modules = self._all_linear(peft_config, model)
         self._choose_targets(peft_config, model)
         refuse_unknown_names(model, peft_config)
+        if not self.reaches_wrapped:
+            refuse_wrapped_targets(model, peft_config)
         if isinstance(peft_config.target_modules, list):
             # peft shortens lists of 20 names or more to common endings. A name of ours is complete, within its layer
             # or in the model, so shortened names would match fewer modules. peft leaves tuples as they are.
@@ -128,6 +132,7 @@ class LayerTuner(BaseTuner):
         """
         if adapter_name not in self.peft_config:
             raise InputError(f"there is no adapter {adapter_name!r}; this model has: {', '.join(self.peft_config)}")
+        was_active = adapter_name in self.active_adapters
         active = [name for name in self.active_adapters if name != adapter_name]
         _check_adapters_not_merged(self.model, adapter_name)
         for module in self.model.modules():
@@ -135,10 +140,11 @@ class LayerTuner(BaseTuner):
                 module._active_adapter = [name for name in module.active_adapters if name != adapter_name]
                 module.delete_adapter(adapter_name)
         del self.peft_config[adapter_name]
-        active = active or list(self.peft_config)[:1]
+        if was_active:
+            active = active or list(self.peft_config)[:1]
         _delete_auxiliary_adapter(self.model, adapter_name, new_active_adapters=active)
-        if active:
-            self.set_adapter(active)
+        if was_active and active:
+            self.set_adapter(active)  # they train from now on, as in peft
         self.active_adapter = active
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
@@ -211,6 +217,12 @@ class FollowsBaseLayer(nn.Module):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device=None) -> None:
         like_base_layer(self, adapter_name, device)
 
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Do nothing: the tuner has refused to merge adapters of this layer, but merges those of other layers."""
+
+    def unmerge(self) -> None:
+        """Do nothing: this layer never merges."""
+
 
 def refuse_unfit_layers(model: nn.Module, kind: str, layers: int | list[int] | None, known: list[int]) -> None:
     """Raise an `InputError` if `layers_to_transform` contains layers that the model does not have."""
@@ -254,6 +266,16 @@ def refuse_unknown_names(model: nn.Module, config) -> None:
             raise InputError(
                 f"{option}: {type(model).__name__} has no module {wrong[0]!r}; pass complete names within a layer or "
                 f"in the model{shown}, or a regular expression as a string"
+            )
+
+
+def refuse_wrapped_targets(model: nn.Module, config) -> None:
+    """Raise an `InputError` if a target is inside of a module that another adapter has wrapped."""
+    for name, _ in model.named_modules():
+        if ".base_layer." in name and not inside_adapter(name, model) and matches(config, plain_name(name)):
+            raise InputError(
+                f"{plain_name(name)} is inside of {plain_name(name.rpartition('.base_layer.')[0])}, which another "
+                "adapter has wrapped, so peft cannot adapt it any more; add the two adapters in the other order"
             )
 
 

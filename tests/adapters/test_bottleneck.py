@@ -102,7 +102,7 @@ def test_targets_by_name_in_the_layer_or_by_expression():
     assert all("attention" in n for n in layers(model))
 
 
-@pytest.mark.parametrize("pattern", ["layer", ["blocks", "layer"]])
+@pytest.mark.parametrize("pattern", ["layer", ["blocks", "layer"], "bert|layer"])
 def test_the_list_of_layers_is_named_where_names_hold_another_number_before(pattern):
     settings = {"target_modules": ["attention.output.dense"], "layers_to_transform": [1], "layers_pattern": pattern}
     model = torch.nn.ModuleDict({"parts": torch.nn.ModuleList([small("bert")])})
@@ -208,6 +208,18 @@ def test_stages_of_other_sizes_have_adapters_of_theirs(placement):
     model(pixels, labels=torch.tensor([0, 1])).loss.backward()
     trained = [p for name, p in model.named_parameters() if ".bottleneck_" in name]
     assert len(trained) >= 4 * len(sizes) and all(p.grad is not None for p in trained)  # weights and biases
+
+
+def test_modules_inside_of_wrapped_ones_are_refused():
+    """peft skips them: the second adapter would be in some layers only."""
+    model = get_peft_model(small("bert"), BottleneckConfig(placement="parallel", layers_to_transform=[0]))
+    with pytest.raises(
+        InputError, match=r"0\.output\.LayerNorm is inside of .*0\.output, which another .*other order"
+    ):
+        model.add_adapter("other", BottleneckConfig())
+    model = get_peft_model(small("bert"), BottleneckConfig())
+    model.add_adapter("other", BottleneckConfig(placement="parallel", layers_to_transform=[0]))
+    assert len(layers(model)) == 3
 
 
 def test_two_placements_at_one_normalization_are_both_added():

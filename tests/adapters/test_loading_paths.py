@@ -117,8 +117,11 @@ def test_a_deleted_adapter_leaves_nothing(name):
     assert not leftovers(model, "other") and model.active_adapters == ["default"]
     assert torch.equal(logits(model), first)
     seeded(lambda: model.add_adapter("other", ALL[name](task_type="SEQ_CLS")), seed=2)  # the name is free again
+    model.requires_grad_(False)
     with pytest.raises(InputError, match="there is no adapter 'third'; this model has: default, other"):
         model.base_model.delete_adapter("third")
+    model.delete_adapter("other")  # not the active one: whether that trains does not change
+    assert not any(p.requires_grad for p in model.parameters()) and torch.equal(logits(model), first)
 
 
 @pytest.mark.parametrize("name", ALL)

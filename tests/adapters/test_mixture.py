@@ -7,7 +7,7 @@ from peft.tuners.lora import LoraLayer
 from tiny import tiny_model
 from zoo import logits, small
 
-from hf_ft_ext import BottleneckConfig, LayerMixtureConfig, LayerPrefixConfig
+from hf_ft_ext import BottleneckConfig, LayerMixtureConfig, LayerPrefixConfig, SparseGradConfig
 from hf_ft_ext.adapters.bottleneck.layer import BottleneckLayer
 from hf_ft_ext.adapters.layer_prefix.layer import PrefixLayer
 from hf_ft_ext.errors import InputError
@@ -66,6 +66,33 @@ def test_merging_a_kind_that_cannot_merge_is_refused():
     assert torch.equal(logits(model), before)
 
 
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+def test_adapters_that_cannot_merge_do_not_prevent_merging_another_one(merge):
+    kinds = {**KINDS, "lora": LoraConfig(r=2, init_lora_weights=False)}
+    torch.manual_seed(0)
+    model = get_peft_model(small("bert"), LayerMixtureConfig(kinds=kinds, layers={0: "lora", 1: "lora"}))
+    model.add_adapter("other", LayerMixtureConfig(kinds=kinds, layers={0: ["bottleneck", "prefix"], 1: "bottleneck"}))
+    expected = logits(model)
+    with pytest.raises(InputError, match=r"kind '(bottleneck|prefix)': .* cannot be merged"):
+        getattr(model, merge)(adapter_names=["other"])
+    merged = getattr(model, merge)()
+    torch.testing.assert_close(logits(merged or model), expected)
+    if merge == "merge_adapter":
+        model.unmerge_adapter()
+        torch.testing.assert_close(logits(model), expected)
+
+
+def test_merging_sparse_grad_into_a_shared_weight_is_refused():
+    base = small("bert")
+    base.bert.encoder.layer[1].output.dense.weight = base.bert.encoder.layer[0].output.dense.weight
+    kinds = {"sparse": SparseGradConfig(init="random", target_modules=["output.dense"])}
+    model = get_peft_model(base, LayerMixtureConfig(kinds=kinds, layers={0: "sparse"}))
+    with pytest.raises(
+        InputError, match=r"output\.dense shares its weight with .*layer\.1\.output\.dense, so merging"
+    ):
+        model.merge_adapter()
+
+
 @pytest.mark.parametrize(
     ("kinds", "layers", "message"),
     [
@@ -80,6 +107,16 @@ def test_merging_a_kind_that_cannot_merge_is_refused():
         ({"lora": {"rank": 3}}, {0: "lora"}, "kind 'lora': .*rank"),
         ({"lora": {"modules_to_save": ["classifier"]}}, {0: "lora"}, "sets modules_to_save=.*only the mixture itself"),
         ({"lora": {"bias": "all"}}, {0: "lora"}, "bias='all' would also train biases"),
+        (
+            {"lora": {"target_parameters": ["w"]}},
+            {0: "lora"},
+            r"sets target_parameters=\['w'\], which a mixture does not",
+        ),
+        (
+            {"lora": {"trainable_token_indices": [1]}},
+            {0: "lora"},
+            "sets trainable_token_indices=.* a mixture does not",
+        ),
         ({"lora": {}}, {0: "lore"}, "layer 0: kind 'lore' is not defined; did you mean 'lora'"),
         ({"lora": {}}, {"first": "lora"}, "'first' is not a layer number"),
     ],
@@ -95,5 +132,9 @@ def test_unsuitable_models_are_refused():
     config = LayerMixtureConfig(kinds={"lora": {"target_modules": ["qkv"]}}, layers={1: "lora"})
     with pytest.raises(InputError, match="kind 'lora' finds no target in layer 1"):
         get_peft_model(small("bert"), config)
+    kinds = {"one": LoraConfig(r=2), "two": LoraConfig(r=4, target_modules=["key", "value"])}
+    message = r"kind 'two' and another one of the same method both adapt .*layer\.0\.attention\.self\.value"
+    with pytest.raises(InputError, match=message):
+        get_peft_model(small("bert"), LayerMixtureConfig(kinds=kinds, layers={0: ["one", "two"]}))
     with pytest.raises(InputError, match="kind 'ia3': peft knows no default targets for a 'electra' model"):
         get_peft_model(small("electra"), LayerMixtureConfig(kinds={"ia3": {}}, layers={1: "ia3"}))

@@ -98,7 +98,6 @@ class BottleneckLayer(FollowsBaseLayer, BaseTunerLayer):
     def forward(self, x: torch.Tensor, *args, **kwargs):
         names = [] if self.disable_adapters else [n for n in self.active_adapters if n in self.bottleneck_down]
         before = [n for n in names if self.modes[n] == PARALLEL_TO_RESIDUAL]
-        residual = x
         if before:
             (first, *rest), named = (args or (None,)), "input_tensor" in kwargs
             residual = kwargs["input_tensor"] if named else first

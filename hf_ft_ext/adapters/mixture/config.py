@@ -14,6 +14,11 @@ from hf_ft_ext.errors import InputError, did_you_mean
 # Methods that a tuner overrides if it has state beyond its layers, or handles the model as a whole.
 _WHOLE_MODEL_METHODS = ("__init__", "_pre_injection_hook", "_post_injection_hook", "inject_adapter")
 _MIXTURE_FIELDS = ("modules_to_save", "layers_to_transform")
+# Settings of LoRA for what is outside of layers, for tensors that are not modules, or for the model as a whole.
+_WHOLE_MODEL_FIELDS = (
+    "target_parameters", "trainable_token_indices", "layer_replication", "alora_invocation_tokens", "arrow_config",
+    "ensure_weight_tying",
+)  # fmt: skip
 
 
 @dataclass
@@ -102,6 +107,11 @@ def limited_to_layers(name: str, settings: PeftConfig | dict[str, Any]) -> PeftC
     if given := [key for key in _MIXTURE_FIELDS if settings.get(key) is not None]:
         raise InputError(
             f"kind {name!r} sets {given[0]}={settings[given[0]]}, which only the mixture itself can set; leave it out"
+        )
+    if given := [key for key in _WHOLE_MODEL_FIELDS if settings.get(key)]:
+        raise InputError(
+            f"kind {name!r} sets {given[0]}={settings[given[0]]}, which a mixture does not support: its kinds adapt "
+            "modules of chosen layers; leave it out, or use the method alone"
         )
     if settings.get("bias", "none") != "none":
         raise InputError(

@@ -16,8 +16,9 @@ from torch import nn
 from hf_ft_ext.adapters import AdapterType
 from hf_ft_ext.adapters.layer_prefix.config import LayerPrefixConfig
 from hf_ft_ext.adapters.layer_prefix.model import fold_to_load, saved_prefixes, with_shared_projection
-from hf_ft_ext.adapters.layers import names_by_layer, plain_name, split_layer
+from hf_ft_ext.adapters.layers import inside_adapter, names_by_layer, plain_name, split_layer
 from hf_ft_ext.adapters.mixture.config import LayerMixtureConfig
+from hf_ft_ext.adapters.sparse_grad.model import refuse_merging_into
 from hf_ft_ext.adapters.tuner import LayerTuner
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.structure.targets import default_targets
@@ -89,7 +90,7 @@ class LayerMixtureModel(LayerTuner):
         for name, _ in list(model.named_modules()):
             plain = plain_name(name)
             inner = split_layer(plain, mixture.layers_pattern)
-            if inner is None or inner.layer not in layers or _inside_adapter(name, plain, model):
+            if inner is None or inner.layer not in layers or inside_adapter(name, model):
                 continue
             if any(plain == part or plain.startswith(f"{part}.") for part in mixture.modules_to_save or ()):
                 continue
@@ -97,6 +98,11 @@ class LayerMixtureModel(LayerTuner):
                 continue
             reached.add(plain)
             parent, target, target_name = _get_submodules(model, name)
+            if isinstance(target, tuner.tuner_layer_cls) and adapter_name in target._get_available_adapters():
+                raise InputError(
+                    f"kind {kind!r} and another one of the same method both adapt {plain}, which can have one of them "
+                    "only; limit their target_modules"
+                )
             tuner._create_and_replace(config, adapter_name, target, target_name, parent, current_key=plain)
             self.targeted_module_names.append(plain)
         inside = (split_layer(plain, mixture.layers_pattern) for plain in reached)
@@ -120,6 +126,7 @@ class LayerMixtureModel(LayerTuner):
         tuner.peft_config = {adapter_name: config}
         tuner.targeted_module_names, tuner.targeted_parameter_names = [], []
         tuner.active_adapter = self.active_adapter
+        tuner.reaches_wrapped = True
         return tuner
 
     def _create_and_replace(self, *args, **kwargs) -> None:
@@ -127,24 +134,32 @@ class LayerMixtureModel(LayerTuner):
 
     # --- merging ----------------------------------------------------------------------------------
 
-    def _check_merge_allowed(self) -> None:
-        for name in self.active_adapters:
-            config = self.peft_config[name]
-            for kind, settings in config.configs.items():
-                tuner = PEFT_TYPE_TO_TUNER_MAPPING[settings.peft_type]
-                reason = getattr(tuner, "cannot_merge", None)
-                if reason is not None and config.layers_of(kind):
-                    raise InputError(f"kind {kind!r}: {reason}; keep it as an adapter, or remove it with unload()")
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        self._refuse_merging(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
 
     def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None):
         if merge:
-            self._check_merge_allowed()
+            self._refuse_merging(adapter_names)
         config = self.model.peft_config
         while True:  # adapters inside a prefixed attention are found only after the prefix is removed
             BaseTuner._unload_and_optionally_merge(self, merge, progressbar, safe_merge, adapter_names)
             if not _has_adapters(self.model):
                 return self.model
             self.model.peft_config = config
+
+    def _refuse_merging(self, adapter_names: list[str] | None) -> None:
+        """Raise an `InputError` if these adapters (`None`: the active ones) cannot be merged."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        for config in (config for name, config in self.peft_config.items() if name in names):
+            for kind, settings in config.configs.items():
+                if not config.layers_of(kind):
+                    continue
+                reason = getattr(PEFT_TYPE_TO_TUNER_MAPPING[settings.peft_type], "cannot_merge", None)
+                if reason is not None:
+                    raise InputError(f"kind {kind!r}: {reason}; keep it as an adapter, or remove it with unload()")
+                if settings.peft_type == AdapterType.SPARSE_GRAD:
+                    refuse_merging_into(self.model)
 
     # --- files ------------------------------------------------------------------------------------
 
@@ -168,16 +183,3 @@ def _prefixes(config: LayerMixtureConfig) -> list[LayerPrefixConfig]:
 
 def _has_adapters(model: nn.Module) -> bool:
     return any(isinstance(module, BaseTunerLayer) for module in model.modules())
-
-
-def _inside_adapter(name: str, plain: str, model: nn.Module) -> bool:
-    """Whether a module is part of an adapter, or the module inside a wrapper that was handled already."""
-    if name.endswith("base_layer"):
-        return True
-    owner = ""
-    for part in name.split(".")[:-1]:
-        owner = f"{owner}.{part}".removeprefix(".")
-        module = model.get_submodule(owner)
-        if isinstance(module, BaseTunerLayer) and not name.startswith(f"{owner}.base_layer."):
-            return True
-    return False

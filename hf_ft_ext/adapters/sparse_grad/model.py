@@ -80,22 +80,7 @@ class SparseGradModel(LayerTuner):
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
-        for name, layer in sparse_grad_layers(self.model):
-            base = layer.get_base_layer()
-            if layer.quantization_backend is not None or not base.weight.is_floating_point():
-                raise InputError(
-                    f"{shown_name(name)} is quantized ({type(base).__name__}), and merging would round the weight to "
-                    "its format; keep the adapter, or load the base without quantization and merge there"
-                )
-            if (other := other_holder(self.model, base)) is not None:
-                raise InputError(
-                    f"{shown_name(name)} shares its weight with {shown_name(other)}, so merging would change both; "
-                    "keep the adapter, or load the base with tie_word_embeddings=False"
-                )
-
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        self._check_merge_allowed()
-        super().merge_adapter(adapter_names, safe_merge)
+        refuse_merging_into(self.model)
 
     # --- files ------------------------------------------------------------------------------------
 
@@ -123,6 +108,22 @@ class SparseGradModel(LayerTuner):
                 if tensor is not None:
                     found |= {_key(name, adapter_name, part): tensor for name in others}
         return found
+
+
+def refuse_merging_into(model: nn.Module) -> None:
+    """Raise an `InputError` if changes cannot be added to the weights of the adapted layers."""
+    for name, layer in sparse_grad_layers(model):
+        base = layer.get_base_layer()
+        if layer.quantization_backend is not None or not base.weight.is_floating_point():
+            raise InputError(
+                f"{shown_name(name)} is quantized ({type(base).__name__}), and merging would round the weight to "
+                "its format; keep the adapter, or load the base without quantization and merge there"
+            )
+        if (other := other_holder(model, base)) is not None:
+            raise InputError(
+                f"{shown_name(name)} shares its weight with {shown_name(other)}, so merging would change both; "
+                "keep the adapter, or load the base with tie_word_embeddings=False"
+            )
 
 
 def sparse_grad_layers(model: nn.Module) -> Iterator[tuple[str, SparseGradLayer]]:
