@@ -23,7 +23,7 @@ from hf_ft_ext.fisher.losses import (
 )
 from hf_ft_ext.label_tokens import label_tokens, predicts_next_tokens
 from hf_ft_ext.per_example.gradients import ExampleGradients
-from hf_ft_ext.per_example.state import batch_size, evaluating, without_cache
+from hf_ft_ext.per_example.state import batch_size, evaluating, refuse_single_batch, without_cache
 from hf_ft_ext.per_example.types import (
     Gradient,
     LinearGradient,
@@ -112,6 +112,7 @@ def gradient_sums(
     Raises:
         InputError: as for `fisher_information`.
     """
+    refuse_single_batch(dataloader, "dataloader")
     own = dict(model.named_parameters())
     names = [name for name, p in own.items() if p.requires_grad] if parameters is None else list(parameters)
     _check(model, own, names, labels, power, loss)

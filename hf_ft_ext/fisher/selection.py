@@ -25,6 +25,7 @@ from hf_ft_ext.fisher.criteria import DEFAULT, NEEDS_TOTALS, ModuleSums, find_cr
 from hf_ft_ext.fisher.information import gradient_sums
 from hf_ft_ext.fisher.losses import TRUE, Loss
 from hf_ft_ext.fisher.plan import AdapterPlan, model_fingerprint
+from hf_ft_ext.per_example.state import refuse_single_batch
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ def select_adapters(
             "labels='true', or criterion 'mean' or 'thesis'"
         )
     candidates = _named_candidates(candidates)
+    refuse_single_batch(data, "data")
     data = list(data)
     layers = layers_of(model)
     candidates = fitting_candidates(model, candidates, layers, seed)

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
+from hf_ft_ext.errors import InputError
+
 Batch = Mapping[str, torch.Tensor]
 
 
@@ -28,6 +30,12 @@ def rows(batch: Batch, first: int, last: int) -> Batch:
 def batch_size(batch: Batch) -> int:
     """Examples in `batch`."""
     return next(len(value) for value in batch.values() if isinstance(value, torch.Tensor) and value.ndim)
+
+
+def refuse_single_batch(batches: Any, name: str) -> None:
+    """Raise an `InputError` if the argument `name` is one batch, whose keys would be taken for batches."""
+    if isinstance(batches, Mapping):
+        raise InputError(f"{name} is a single batch, and an iterable of batches is needed; pass [batch]")
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from classifiers import classifier_rows, tiny_classifier
 from families import FAMILIES, batch, family
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
@@ -238,6 +239,28 @@ def test_checkpointing_and_an_own_loss_give_the_same_columns():
         found.append([layer.sparse_grad_columns["default"].out_columns for _, layer in sparse_grad_layers(model)])
     for one, two in zip(*found, strict=True):
         torch.testing.assert_close(one.abs(), two.abs(), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(("kind", "rates"), [("bart", {}), ("falcon", {"hidden_dropout": 0.3})])
+def test_checkpointed_layers_with_dropout_of_their_own_give_the_same_columns(kind, rates):
+    """These layers call the dropout function with rates of their own (BART) or of the configuration (Falcon)."""
+    found = []
+    for checkpointed in (False, True):
+        model = get_peft_model(tiny_classifier(kind, **rates).double(), SparseGradConfig(density=0.5)).train()
+        if checkpointed:
+            model.gradient_checkpointing_enable()
+        before = dropout_rates(model)
+        compute_bases(model, [classifier_rows()])
+        assert dropout_rates(model) == before and any(before)
+        found.append([layer.sparse_grad_columns["default"].in_columns for _, layer in sparse_grad_layers(model)])
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one.abs(), two.abs(), rtol=1e-6, atol=1e-8)
+
+
+def dropout_rates(model):
+    owners = [*model.modules(), model.get_base_model().config]
+    values = [value for owner in owners for name, value in vars(owner).items() if "drop" in name]
+    return [value for value in values if isinstance(value, float)]
 
 
 def test_so_many_gradients_are_read_and_no_more():

@@ -262,6 +262,8 @@ def test_unsupported_models_and_options_are_refused():
             InputError, match=f"criterion '{criterion}' uses the mean gradient, but labels='expected' makes it zero"
         ):
             plan_of(criterion=criterion, labels="expected")
+    with pytest.raises(InputError, match=r"data is a single batch, .* pass \[batch\]"):
+        plan_of(data=rows(1)[0])
     with pytest.raises(InputError, match="no candidates to choose from"):
         plan_of(candidates=[])
     with pytest.raises(InputError, match="compares gradients of different examples, but there is 1; use 2 or more"):

@@ -28,7 +28,7 @@ from hf_ft_ext.adapters.sparse_grad.sketches import Sketches, processes
 from hf_ft_ext.adapters.sparse_grad.subspace import Sketch, random_test_matrix, seed_of
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.label_tokens import predicts_next_tokens, zero_without_tokens
-from hf_ft_ext.per_example.state import only_trainable
+from hf_ft_ext.per_example.state import only_trainable, refuse_single_batch
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +67,7 @@ def compute_bases(
 
     Source: Chekalina et al., EMNLP 2024, arXiv 2410.07383, section 3.
     """
-    if isinstance(batches, Mapping):
-        raise InputError("batches is a single batch, and an iterable of batches is needed; pass [batch]")
+    refuse_single_batch(batches, "batches")
     bases_from_steps(
         model, ([batch] for batch in batches), loss, False, gradients=gradients, adapter_name=adapter_name, seed=seed,
         progress=progress,
@@ -220,15 +219,32 @@ def _count_run(runs: Counter[str], name: str, *_: Any) -> None:
 
 @contextlib.contextmanager
 def _without_dropout(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, except for modules with activation checkpointing, which recompute in training mode only."""
+    """Evaluation mode, except for modules with activation checkpointing, which recompute in training mode only.
+
+    Those get dropout rates of 0, where the rates are attributes of the module or of its configuration (BART, Falcon).
+    """
     modes = [(module, module.training) for module in model.modules()]
+    checkpointed = [module for module, _ in modes if getattr(module, "gradient_checkpointing", False)]
+    owners = {id(owner): owner for m in checkpointed for owner in (m, getattr(m, "config", None)) if owner is not None}
+    rates = [
+        (owner, name, value)
+        for owner in owners.values()
+        for name, value in vars(owner).items()
+        if "drop" in name and isinstance(value, float)
+    ]
     try:
         for module, _ in modes:
-            module.training = bool(getattr(module, "gradient_checkpointing", False))
+            module.training = False
+        for module in checkpointed:
+            module.training = True
+        for owner, name, _ in rates:
+            setattr(owner, name, 0.0)
         yield
     finally:
         for module, mode in modes:
             module.training = mode
+        for owner, name, value in rates:
+            setattr(owner, name, value)
 
 
 def _own_loss(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
