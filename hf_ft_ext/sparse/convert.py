@@ -8,7 +8,18 @@ from torch import nn
 from hf_ft_ext.adapters.layers import other_holder
 from hf_ft_ext.entries.choice import without_frozen
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.sparse.arguments import DEFAULT_DENSITY, DYNAMIC, HOSVD, NONE, PER_KIND, PER_LAYER, STRUCTURED
+from hf_ft_ext.sparse.arguments import (
+    DEFAULT_DENSITY,
+    DYNAMIC,
+    HOSVD,
+    NONE,
+    PER_KIND,
+    PER_LAYER,
+    RANDOM,
+    SCOPES,
+    STRUCTURED,
+    SUPPORTS,
+)
 from hf_ft_ext.sparse.basis import Basis
 from hf_ft_ext.sparse.layer import SparseGradLinear
 from hf_ft_ext.sparse.targets import find_targets
@@ -42,20 +53,21 @@ def convert_to_sparse(
         basis: `"hosvd"`, `"random"` or `"none"`.
         basis_scope: `"kind"`: layers of one kind (equal shapes, and equal names apart from layer numbers) share a
             basis; `"layer"`: each has its own.
-        threshold: with dynamic support, update all entries whose gradient has at least this magnitude, instead of a
-            fixed number of entries.
+        threshold: with dynamic support, update all entries whose gradient has at least this magnitude (above 0),
+            instead of a fixed number of entries.
 
     Returns:
         The converted layers by name.
 
     Raises:
-        InputError: no layer to convert, a layer that is not linear or already converted, or more entries than a
-            weight has. The model is unchanged in that case.
+        InputError: an unknown option, or two that contradict each other; no layer to convert, a layer that is not
+            linear or already converted, or more entries than a weight has. The model is unchanged in that case.
 
     Source: Chekalina et al., EMNLP 2024, arXiv 2410.07383. Without a basis it is MeProp (Sun et al., ICML 2017,
     arXiv 1706.06197) as these authors use it, on entries of the weight's gradient; MeProp itself selects entries of
     the output gradients.
     """
+    _check_options(n_params, density, support, basis, basis_scope, threshold)
     targets = find_targets(model, target_modules)
     if target_modules is None:
         kept, frozen = without_frozen({name: linear.weight for name, linear in targets.items()})
@@ -92,7 +104,8 @@ def entries_of(linear: nn.Module, name: str, n_params: int | None, density: floa
         InputError: none, or more than the weight has.
     """
     size = linear.weight.numel()
-    count = n_params if n_params is not None else round((DEFAULT_DENSITY if density is None else density) * size)
+    density = DEFAULT_DENSITY if density is None else density
+    count = n_params if n_params is not None else round(density * size)
     if count < 1:
         raise InputError(f"density={density} leaves no trainable entry in {name}, a weight of {size}; raise it")
     if count > size:
@@ -154,6 +167,28 @@ def freeze_rest(model: nn.Module, train_rest: str) -> None:
 def sparse_layers(model: nn.Module) -> dict[str, SparseGradLinear]:
     """Return the converted layers of `model` by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, SparseGradLinear)}
+
+
+def _check_options(
+    n_params: int | None, density: float | None, support: str, basis: str, basis_scope: str, threshold: float | None
+) -> None:
+    for name, value, known in (
+        ("support", support, SUPPORTS),
+        ("basis", basis, (HOSVD, NONE, RANDOM)),
+        ("basis_scope", basis_scope, SCOPES),
+    ):
+        if value not in known:
+            raise InputError(f"{name}={value!r} is unknown; choose from: {', '.join(known)}")
+    counts = {"n_params": n_params, "density": density, "threshold": threshold}
+    given = [f"{name}={value}" for name, value in counts.items() if value is not None]
+    if len(given) > 1:
+        raise InputError(f"{given[0]} and {given[1]} both say which entries train; pass one of them")
+    if n_params is not None and n_params < 1:
+        raise InputError(f"n_params must be 1 or more, got {n_params}")
+    if density is not None and not 0 < density <= 1:
+        raise InputError(f"density must be in (0, 1], got {density}")
+    if threshold is not None and (not threshold > 0 or support != DYNAMIC):
+        raise InputError(f"{given[0]} with support={support!r}: pass a number above 0, and only with dynamic support")
 
 
 def _refuse_shared(model: nn.Module, targets: dict[str, nn.Module], support: str) -> None:

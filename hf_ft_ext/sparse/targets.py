@@ -25,11 +25,16 @@ def find_targets(
         fits: whether a matched module can be converted.
 
     Raises:
-        InputError: a malformed or unmatched pattern, a matched layer that is not linear, or a model without linear
-            layers in its repeated layers.
+        InputError: a malformed or unmatched pattern, a matched layer that is not linear, or a model with adapters or
+            without linear layers in its repeated layers.
     """
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise InputError("the model carries PEFT adapters; pass the base model, or merge the adapters first")
     if pattern is None:
-        return {name: _linear(name, model) for name in _by_structure(model)}
+        names = feed_forward_linears(
+            model, is_plain_linear, "sparse_target_modules", "train as sparse_train_rest says"
+        )
+        return {name: _linear(name, model) for name in names}
     known = ", ".join(linear_kinds(model))
     try:
         expression = re.compile(pattern)
@@ -60,9 +65,3 @@ def _linear(name: str, model: nn.Module) -> nn.Linear | Conv1D:
     if type(module).__name__ == "SparseGradLinear":
         raise _converted(name)
     return module
-
-
-def _by_structure(model: nn.Module) -> list[str]:
-    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise InputError("the model carries PEFT adapters; pass the base model, or merge the adapters first")
-    return feed_forward_linears(model, is_plain_linear, "sparse_target_modules", "train as sparse_train_rest says")

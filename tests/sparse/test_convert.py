@@ -80,7 +80,15 @@ def test_regex_picks_layers():
     "options, message",
     [
         ({"n_params": 1537}, "n_params=1537 is more than the 1536 entries of .*intermediate.dense"),
-        ({"n_params": 0}, "no trainable entry"),
+        ({"n_params": 0}, "n_params must be 1 or more, got 0"),
+        ({"density": 1.5}, r"density must be in \(0, 1\], got 1.5"),
+        ({"density": 0.5, "n_params": 7}, "n_params=7 and density=0.5 both say which entries train; pass one"),
+        ({"threshold": 1e-3, "n_params": 7}, "n_params=7 and threshold=0.001 both say which entries train"),
+        ({"threshold": 1e-3, "support": "static"}, "threshold=0.001 with support='static': pass .* dynamic support"),
+        ({"threshold": 0.0}, "threshold=0.0 with support='dynamic': pass a number above 0"),
+        ({"support": "fixed"}, "support='fixed' is unknown; choose from: dynamic, static, structured"),
+        ({"basis": "svd"}, "basis='svd' is unknown; choose from: hosvd, none, random"),
+        ({"basis_scope": "model"}, "basis_scope='model' is unknown; choose from: kind, layer"),
         ({"density": 1e-9}, "density=1e-09 leaves no trainable entry in .*; raise it"),
         ({"target_modules": "no_such_layer"}, "'no_such_layer' matches no layer; linear layers here: .*classifier"),
         ({"target_modules": "LayerNorm"}, "matches .*LayerNorm, a LayerNorm; SparseGrad trains linear layers"),
@@ -158,7 +166,6 @@ def test_layers_that_round_their_product_before_the_bias_are_linear(dtype):
             r"intermediate.conv1d \(Conv1d\).*select layers with sparse_target_modules",
         ),
         (lambda: nn.Sequential(nn.Embedding(50, 8), nn.Linear(8, 2)), "the parts of Sequential cannot be found"),
-        (lambda: get_peft_model(tiny_model(), LoraConfig()), "the model carries PEFT adapters; pass the base model"),
     ],
 )
 def test_models_without_linear_layers_to_convert(model, message):
@@ -166,10 +173,11 @@ def test_models_without_linear_layers_to_convert(model, message):
         convert_to_sparse(model())
 
 
-def test_layers_that_are_no_linear_are_refused():
-    model = get_peft_model(tiny_model(), LoraConfig(target_modules=["dense"]))
-    with pytest.raises(InputError, match=r"matches .*dense.*, a \w+; SparseGrad trains linear layers"):
-        convert_to_sparse(model.base_model.model, target_modules=r"layer\.\d+\.output\.dense|lora_dropout")
+@pytest.mark.parametrize("pattern", [None, r"layer\.\d+\.output\.dense"])
+def test_models_with_adapters_are_refused(pattern):
+    model = get_peft_model(tiny_model(), LoraConfig(target_modules=["dense"])).base_model.model
+    with pytest.raises(InputError, match="the model carries PEFT adapters; pass the base model"):
+        convert_to_sparse(model, target_modules=pattern)
 
 
 def test_a_tied_weight_trains_by_all_its_gradients_or_is_refused():

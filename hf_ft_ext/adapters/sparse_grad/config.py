@@ -102,13 +102,11 @@ class SparseGradConfig(TargetedConfig):
             InputError: no entry would train, or more than the weight has.
         """
         size = n_out * n_in
-        if self.n_params is not None:
-            count = self.n_params
-        else:
-            count = round((DEFAULT_DENSITY if self.density is None else self.density) * size)
+        density = DEFAULT_DENSITY if self.density is None else self.density
+        count = round(density * size) if self.n_params is None else self.n_params
         if count < 1:
             raise InputError(
-                f"density={self.density} leaves no entry to train in {name}, a weight of {size} entries; raise it"
+                f"density={density} leaves no entry to train in {name}, a weight of {size} entries; raise it"
             )
         if count > size:
             raise InputError(f"n_params={count} is more than the {size} entries of {name}; lower it")

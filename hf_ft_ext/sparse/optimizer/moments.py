@@ -91,7 +91,8 @@ def rotate_dynamic_moments(
         left, right: as for `rotate_moments`.
     """
     step, support = state["step"], state.get("indices")
-    mean, square = corrected(step, state["exp_avg"], state["exp_avg_sq"], betas)
+    # An expert that got no tokens since the last refresh may have entries with a count of 0, and moments of 0.
+    mean, square = corrected(step.clamp(min=1), state["exp_avg"], state["exp_avg_sq"], betas)
     if support is None:
         mean, square = rotate_moments(left, right, mean, square)
     else:

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from hf_ft_ext import InputError, SparseAdamW, SparseTrainingArguments, prepare_layers, sparse_layers
 from hf_ft_ext.sparse.basis import ACTIVATIONS, GRADIENT, Basis, GramSums
 from hf_ft_ext.sparse.fixed import FixedSupport
-from hf_ft_ext.sparse.optimizer.moments import rotate_fixed_moments, rotate_moments
+from hf_ft_ext.sparse.optimizer.moments import rotate_dynamic_moments, rotate_fixed_moments, rotate_moments
 from hf_ft_ext.sparse.optimizer.refresh import RunningSums
 from hf_ft_ext.training.runs.plan import training_plan
 
@@ -116,6 +116,17 @@ def test_left_and_right_take_the_old_basis_into_the_new_one():
         left, right = running.update_basis("kind", basis)
         expected = basis.rotate(gradient)
         torch.testing.assert_close(left @ old.rotate(gradient) @ right, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_two_refreshes_without_a_step_in_between_keep_the_moments_finite():
+    """An expert that gets no tokens between two refreshes has no step, while others of its kind have."""
+    state = {"step": torch.full((5,), 3).int(), "indices": torch.arange(5).int()}
+    state |= {"exp_avg": random(5, seed=1), "exp_avg_sq": random(5, seed=2).square()}
+    for seed in (3, 5):
+        rotate_dynamic_moments(
+            state, torch.zeros(8, 7).double(), BETAS, orthonormal(8, seed), orthonormal(7, seed + 1)
+        )
+        assert 0 in state["step"] and all(part.isfinite().all() for part in state.values())
 
 
 @pytest.mark.parametrize("shape", ["block", "entries"])
