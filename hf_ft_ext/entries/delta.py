@@ -1,6 +1,7 @@
 """Delta files of trained entries: small, and only for the base model that training started from.
 
-`entries_delta.safetensors` holds indices and values of the entries, and every other trained parameter in full.
+`entries_delta.safetensors` holds indices and values of the entries, and every other trained parameter and running
+statistic in full.
 """
 
 import hashlib
@@ -14,7 +15,14 @@ from torch import nn
 from hf_ft_ext.entries.layer import Entries, weights_with_entries
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.files import tensor_hash
-from hf_ft_ext.training.saved.delta_files import check_parameters, other_weights, read_delta, write_delta
+from hf_ft_ext.training.saved.delta_files import (
+    check_parameters,
+    load_statistics,
+    other_weights,
+    read_delta,
+    statistics_of,
+    write_delta,
+)
 
 DELTA_FILE = "entries_delta.safetensors"
 _FORMAT = "hf_ft_ext entries 1"
@@ -36,6 +44,7 @@ def save_entries(model: nn.Module, folder: str | os.PathLike) -> int:
     if not tensors and not rest:
         raise InputError("no part of the model trains, so there is no delta; call attach_entries first")
     tensors |= {f"rest.{name}": p.detach().cpu().clone() for name, p in rest.items()}
+    tensors |= {name: buffer.cpu().clone() for name, buffer in statistics_of(model).items()}
     for name, p in model.named_parameters():
         if not p.requires_grad:
             hashes[name] = tensor_hash(p)
@@ -88,6 +97,7 @@ def load_entries(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
             weight.view(-1)[tensors[f"indices.{name}"].to(weight.device)] = values.to(weight.device)
         for name, tensor in rest.items():
             parameters[name].copy_(tensor)
+        load_statistics(model, tensors)
     return model
 
 

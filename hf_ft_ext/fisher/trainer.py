@@ -38,7 +38,13 @@ from hf_ft_ext.fisher.prepass import prepass_batches
 from hf_ft_ext.fisher.rates import split_by_rate
 from hf_ft_ext.fisher.selection import added_parameters, random_choice, select_adapters, settings_of
 from hf_ft_ext.models import seeded_init
-from hf_ft_ext.models.peft import check_heads, freeze_others, task_type_of, trained_in_full
+from hf_ft_ext.models.peft import (
+    check_heads,
+    freeze_others,
+    saved_for_statistics,
+    task_type_of,
+    trained_in_full,
+)
 from hf_ft_ext.training.checks import refuse_label_names
 from hf_ft_ext.training.finite import StopAtNaN
 from hf_ft_ext.training.loss_scale import declare_mean_loss
@@ -181,7 +187,8 @@ class FisherTrainer(StopAtNaN, MethodTrainer):
         with as_input_error(sorted(self.plan.candidates)), seeded_init(self.args.seed):
             heads = trained_in_full(model)
             check_heads(model, heads)
-            config = self.plan.config(heads, task_type=task_type_of(model))
+            saved = [*heads, *saved_for_statistics(model, heads)]
+            config = self.plan.config(saved, task_type=task_type_of(model))
             return freeze_others(train_in_float32(get_peft_model(model, config)), heads)
 
     def _plan_settings(self, model: nn.Module) -> tuple:

@@ -27,6 +27,7 @@ from hf_ft_ext.structure.find import find_structure
 from hf_ft_ext.structure.heads import head_modules
 from hf_ft_ext.structure.rows import trial_rows
 from hf_ft_ext.structure.targets import default_targets, endings, key_value_and_down
+from hf_ft_ext.training.saved.delta_files import modules_with_statistics
 from hf_ft_ext.training.weights.precision import train_in_float32
 
 PREFIX_TUNING = "prefix_tuning"
@@ -103,6 +104,11 @@ def trained_in_full(model: PreTrainedModel) -> list[str]:
     return names
 
 
+def saved_for_statistics(model: nn.Module, saved: list[str]) -> list[str]:
+    """Names of the modules outside of `saved` whose running statistics have to be saved beside an adapter."""
+    return [name for name in modules_with_statistics(model) if not any(f".{part}." in f".{name}." for part in saved)]
+
+
 def check_heads(model: nn.Module, names: list[str]) -> None:
     """Refuse heads whose name peft would also find in the layers, as it compares the ends of names.
 
@@ -123,13 +129,13 @@ def check_heads(model: nn.Module, names: list[str]) -> None:
 
 
 def freeze_others(wrapped: PeftModel, names: list[str]) -> PeftModel:
-    """Freeze the modules that peft wrapped because their names end as those of the heads `names` do; return the model.
+    """Freeze the modules that peft wrapped beside the heads `names`; return the model.
 
-    They are saved with the adapter, unchanged.
+    They are saved with the adapter: for their running statistics, or because their names end as those of heads do.
     """
-    base = wrapped.get_base_model()
+    base, heads = wrapped.get_base_model(), tuple(f"{name}." for name in names)
     for path, module in base.named_modules():
-        if isinstance(module, ModulesToSaveWrapper) and path not in names and _ends_alike(path, names):
+        if isinstance(module, ModulesToSaveWrapper) and not f"{path}.".startswith(heads):
             module.requires_grad_(False)
     return wrapped
 
@@ -183,8 +189,10 @@ def wrap_with_peft(
     asked = settings.get("modules_to_save")
     if asked is None:
         check_heads(model, heads)
+    trained = heads if asked is None else asked
     saved_too = [] if asked is None else _untrained_modules(model, [*asked, *_SAVED_BY_PEFT])
-    settings["modules_to_save"] = (heads or None) if asked is None else [*asked, *saved_too]
+    saved_too += saved_for_statistics(model, [*trained, *saved_too])
+    settings["modules_to_save"] = [*trained, *saved_too] or None
     method = known[kind.lower()]
     settings = _with_targets(model, method, config_class, settings, [] if asked is not None else heads)
     inner = model.config.masked_lm if is_prompt_model(model) else model.config
@@ -240,11 +248,6 @@ def _alike(model: nn.Module, names: list[str]) -> dict[str, list[str]]:
     heads = tuple(f"{name}." for name in names)
     outside = [name for name, _ in model.named_modules() if not f"{name}.".startswith(heads)]
     return {name: [other for other in outside if other.endswith(name)] for name in names}
-
-
-def _ends_alike(path: str, names: list[str]) -> bool:
-    inside = any(path.startswith(f"{name}.") for name in names)
-    return not inside and any(path.endswith(name) for name in names)
 
 
 def _untrained_modules(model: PreTrainedModel, saved: list[str]) -> list[str]:

@@ -17,7 +17,14 @@ from hf_ft_ext.adapters.sparse_grad.targets import can_be_adapted
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.label_tokens import predicts_next_tokens, zero_without_tokens
 from hf_ft_ext.models import seeded_init
-from hf_ft_ext.models.peft import carries_adapters, check_heads, freeze_others, task_type_of, trained_in_full
+from hf_ft_ext.models.peft import (
+    carries_adapters,
+    check_heads,
+    freeze_others,
+    saved_for_statistics,
+    task_type_of,
+    trained_in_full,
+)
 from hf_ft_ext.sparse.arguments import HOSVD, NOTHING, RANDOM, SVD, SparseTrainingArguments
 from hf_ft_ext.sparse.prepass import own_steps
 from hf_ft_ext.sparse.targets import find_targets
@@ -59,7 +66,7 @@ def add_sparse_grad(model: PreTrainedModel, args: SparseTrainingArguments) -> Pe
         scope=PER_KIND if args.basis_scope == PER_KIND else PER_LAYER,
         seed=args.seed,
         target_modules=targets,
-        modules_to_save=heads or None,
+        modules_to_save=[*heads, *saved_for_statistics(model, heads)] or None,
     )
     with seeded_init(args.seed):
         wrapped = freeze_others(train_in_float32(get_peft_model(model, config)), heads)

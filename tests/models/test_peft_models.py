@@ -5,11 +5,19 @@ import torch
 from classifiers import classifier_rows, tiny_classifier
 from other_models import other_batch, other_model
 from peft import PeftModel
-from tiny import tiny_model, tiny_tokenizer
+from tiny import tiny_dataset, tiny_model, tiny_tokenizer
 
-from hf_ft_ext import FullTrainer, FullTrainingArguments, InputError
+from hf_ft_ext import (
+    FisherTrainer,
+    FisherTrainingArguments,
+    FullTrainer,
+    FullTrainingArguments,
+    InputError,
+    SparseTrainingArguments,
+)
 from hf_ft_ext.methods import METHODS
 from hf_ft_ext.models.peft import wrap_with_peft
+from hf_ft_ext.sparse.adapter import add_sparse_grad
 
 SETTINGS = {"target_modules": ["key"], "feedforward_modules": []}
 
@@ -33,6 +41,45 @@ def test_untrained_modules_are_always_saved(tmp_path, asked, trains):
     batch = tiny_tokenizer()(["the film was good", "dull"], padding=True, return_tensors="pt")
     with torch.no_grad():
         torch.testing.assert_close(loaded(**batch).logits, wrapped(**batch).logits)
+
+
+class OverFeatures(torch.nn.BatchNorm1d):
+    def forward(self, x):
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
+def with_batch_norm():
+    model = tiny_model()
+    model.bert.encoder.layer[0].output.LayerNorm = OverFeatures(32)
+    return model
+
+
+def prepared(model):
+    args = FisherTrainingArguments("unused", fisher_mode="single", fisher_candidates=["lora"])
+    trainer = FisherTrainer(model, args, train_dataset=tiny_dataset(2))
+    trainer.prepare()
+    return trainer.model
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda model: wrap_with_peft(model, "lora", None, 0),
+        lambda model: wrap_with_peft(model, "lora", {"modules_to_save": ["classifier"]}, 0),
+        lambda model: add_sparse_grad(model, SparseTrainingArguments("unused", sparse_basis="random")),
+        prepared,
+    ],
+)
+def test_running_statistics_of_frozen_layers_are_saved(tmp_path, make):
+    model = make(with_batch_norm()).train()
+    assert not any(p.requires_grad for name, p in model.named_parameters() if ".LayerNorm." in name)
+    batch = tiny_tokenizer()(["the film was good", "dull"], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        model(**batch)
+        model.eval().save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(with_batch_norm(), tmp_path).eval()
+        assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+        assert not torch.equal(loaded(**batch).logits, with_batch_norm().eval()(**batch).logits)
 
 
 def test_nothing_is_added_where_nothing_came_untrained():

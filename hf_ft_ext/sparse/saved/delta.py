@@ -1,10 +1,10 @@
 """Save and load the changes of a SparseGrad run (a delta).
 
 `sparse_delta.safetensors` holds the changes of the trained entries, their positions, the columns of `V` and `U` that
-they need, and every other trained parameter. Fixed support: rows and columns are saved once for all layers that share
-them, and again for each refresh of the basis. Dynamic support: all entries that differ from the base are saved (some
-hundred steps change a quarter of them), and the whole factors once per kind of layer. A delta applies only to the
-weights that training started from: their hash is in its metadata, and other weights are refused.
+they need, and every other trained parameter and running statistic. Fixed support: rows and columns are saved once for
+all layers that share them, and again for each refresh of the basis. Dynamic support: all entries that differ from the
+base are saved (some hundred steps change a quarter of them), and the whole factors once per kind of layer. A delta
+applies only to the weights that training started from: their hash is in its metadata, and other weights are refused.
 """
 
 import hashlib
@@ -25,7 +25,14 @@ from hf_ft_ext.sparse.convert import sparse_layers
 from hf_ft_ext.sparse.fixed import FixedSupport
 from hf_ft_ext.sparse.layer import SparseGradLinear
 from hf_ft_ext.sparse.saved.difference import Difference, differences
-from hf_ft_ext.training.saved.delta_files import check_parameters, other_weights, read_delta, write_delta
+from hf_ft_ext.training.saved.delta_files import (
+    check_parameters,
+    load_statistics,
+    other_weights,
+    read_delta,
+    statistics_of,
+    write_delta,
+)
 
 DELTA_FILE = "sparse_delta.safetensors"
 _FORMAT = "hf_ft_ext sparse delta 3"
@@ -64,6 +71,7 @@ def save_delta(model: nn.Module, folder: str | os.PathLike, base: nn.Module | No
     tensors, pieces = _dynamic_parts(dynamic, base) if dynamic else _fixed_parts(layers)
     rest = {name: p for name, p in _others(model, layers) if p.requires_grad}
     tensors |= {f"rest.{name}": parameter.detach().cpu().clone() for name, parameter in rest.items()}
+    tensors |= {name: buffer.cpu().clone() for name, buffer in statistics_of(model).items()}
     frozen = [(name, p) for name, p in _others(model, layers) if not p.requires_grad]
     digest = _base_hash([(f"{name}.weight", value) for name, value in hashes.items()], frozen)
     metadata = {"format": _FORMAT, "base": digest, "layers": json.dumps(pieces), "rest": json.dumps(sorted(rest))}
@@ -103,6 +111,7 @@ def load_delta(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
             weight.copy_(trained)
         for name, tensor in rest.items():
             parameters[name].copy_(tensor)
+        load_statistics(model, tensors)
     return model
 
 

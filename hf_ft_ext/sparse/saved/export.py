@@ -28,6 +28,7 @@ from hf_ft_ext.sparse.convert import sparse_layers
 from hf_ft_ext.sparse.fixed import FixedSupport
 from hf_ft_ext.sparse.layer import SparseGradLinear
 from hf_ft_ext.structure.heads import head_modules
+from hf_ft_ext.training.saved.delta_files import modules_with_statistics
 
 logger = logging.getLogger(__name__)
 
@@ -210,6 +211,7 @@ def _trained_modules(model: nn.Module, layers: dict[str, SparseGradLinear]) -> l
         )
     # Parameters without pretrained weights are initialized at random when the base is loaded.
     trained |= {name.rpartition(".")[0] for name in getattr(model, "fresh_parameters", ())} - set(layers)
+    trained.update(modules_with_statistics(model))
     modules = head_modules(model)
     head = {module for module in modules if any(f"{name}.".startswith(f"{module}.") for name in trained)}
     return sorted(head | {name for name in trained if not any(f"{name}.".startswith(f"{part}.") for part in head)})

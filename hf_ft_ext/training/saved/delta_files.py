@@ -14,6 +14,7 @@ from hf_ft_ext.errors import InputError
 from hf_ft_ext.files import atomic_write, tensor_hash
 
 _CHECK = "check"
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def write_delta(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
@@ -70,6 +71,26 @@ def check_parameters(
     if wrong := [name for name, tensor in rest.items() if tensor.shape != parameters[name].shape]:
         raise InputError(f"{path} belongs to another model: {wrong[0]} has another shape here (the label count, say)")
     return parameters
+
+
+def modules_with_statistics(model: nn.Module) -> list[str]:
+    """Names of the normalizations over the batch: training changes their running statistics, frozen or not."""
+    kind = nn.modules.batchnorm._NormBase
+    return [name for name, m in model.named_modules() if isinstance(m, kind) and m.running_mean is not None]
+
+
+def statistics_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The running statistics of normalizations, which training changes too, by their names in a delta."""
+    buffers = dict(model.named_buffers())
+    names = (f"{name}.{part}".removeprefix(".") for name in modules_with_statistics(model) for part in _STATISTICS)
+    return {f"statistics.{name}": buffers[name] for name in names if name in buffers}
+
+
+def load_statistics(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Set the running statistics of normalizations to those in a delta's tensors, if it has any."""
+    for name, buffer in statistics_of(model).items():
+        if name in tensors:
+            buffer.copy_(tensors[name])
 
 
 def other_weights(path: Path, model: nn.Module) -> InputError:

@@ -6,7 +6,7 @@ from sparse_trainer import INPUTS, make
 from test_families import build, inputs
 from tiny import tiny_model
 
-from hf_ft_ext import InputError, load_delta, merge_sparse, save_delta
+from hf_ft_ext import InputError, convert_to_sparse, load_delta, merge_sparse, save_delta
 from hf_ft_ext.files import tensor_hash
 from hf_ft_ext.sparse.basis import Basis
 from hf_ft_ext.sparse.saved.delta import DELTA_FILE
@@ -51,6 +51,20 @@ def test_applied_to_its_base_it_gives_the_trained_model(tmp_path, mode, resumed)
     logits = trainer.model.eval()(**INPUTS).logits
     torch.testing.assert_close(loaded(**INPUTS).logits, logits, rtol=1e-5, atol=1e-6)
     assert (logits - tiny_model().eval()(**INPUTS).logits).abs().max() > 1e-3
+
+
+def test_running_statistics_belong_to_the_changes(tmp_path):
+    model, base = (with_batch_norm().requires_grad_(False) for _ in range(2))
+    convert_to_sparse(model, basis="none")
+    model.train()(**INPUTS)
+    save_delta(model, tmp_path, base)
+    assert torch.equal(load_delta(base, tmp_path).eval()(**INPUTS).logits, model.eval()(**INPUTS).logits)
+
+
+def with_batch_norm():
+    model = tiny_model()
+    model.classifier = torch.nn.Sequential(model.classifier, torch.nn.BatchNorm1d(2))
+    return model
 
 
 def test_other_families(tmp_path):
