@@ -18,6 +18,7 @@ from hf_ft_ext.entries.layer import weights_with_entries
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.files import atomic_write
 from hf_ft_ext.models.peft import saved_by_peft, task_type_of
+from hf_ft_ext.training.saved.delta_files import modules_with_statistics
 
 Changes = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
@@ -25,8 +26,9 @@ Changes = dict[str, tuple[torch.Tensor, torch.Tensor]]
 def export_shira(model: nn.Module, folder: str | os.PathLike) -> None:
     """Write the changes of training as a SHiRA adapter that `PeftModel.from_pretrained(base, folder)` loads.
 
-    Other trained modules, and modules with trained entries that are not linear layers, are saved in full
-    (`modules_to_save`). The adapter is valid only for the weights that training started from.
+    Other trained modules are saved in full (`modules_to_save`), and so are modules with trained entries that are not
+    linear layers or have too many of them for SHiRA, with all modules inside. The adapter is valid only for the
+    weights that training started from.
 
     Args:
         model: a model with trained entries (`attach_entries`, FISH masks), or with layers converted with static
@@ -50,10 +52,17 @@ def export_shira(model: nn.Module, folder: str | os.PathLike) -> None:
             f"the bias of {both[0]} trained in addition to entries of its weight, which SHiRA does not support; "
             "choose only entries of weights, or use save_entries"
         )
+    full = _outermost({*elsewhere, *trained, *saved_by_peft(model), *modules_with_statistics(model)})
+    changes = {name: change for name, change in changes.items() if not _is_inside(name, full)}
     layers = {name: model.get_submodule(name) for name in changes}
-    sums = {name: layer.in_features + layer.out_features for name, layer in layers.items()}
-    r = max(math.ceil(len(values) / sums[name]) for name, (_, values) in changes.items())
-    saved = sorted(elsewhere | trained | set(saved_by_peft(model)))
+    r, dense = _rank_for(changes, layers)
+    changes = {name: change for name, change in changes.items() if name not in dense}
+    saved = sorted(full | dense)
+    if not changes:
+        raise InputError(
+            f"all linear weights with trained entries would be saved in full, in {', '.join(saved[:3])}, but SHiRA "
+            "needs one with few entries; use save_entries or save_pretrained"
+        )
     config = ShiraConfig(
         task_type=task_type_of(model),
         r=r,
@@ -65,7 +74,8 @@ def export_shira(model: nn.Module, folder: str | os.PathLike) -> None:
     set_base_name_of(config, model)
     tensors = {}
     for name, (indices, values) in changes.items():
-        count, n_in = r * sums[name], layers[name].in_features
+        n_in = layers[name].in_features
+        count = r * (n_in + layers[name].out_features)
         padded = values.new_zeros(count)
         padded[: len(values)] = values
         positions = torch.zeros(2, count, dtype=torch.int32)  # padding adds 0 at entry (0, 0)
@@ -80,6 +90,24 @@ def export_shira(model: nn.Module, folder: str | os.PathLike) -> None:
         save_file(tensors, temporary, metadata={"format": "pt"})
     config.save_pretrained(folder)
     save_base_configuration(model, folder, config.revision)
+
+
+def _rank_for(changes: Changes, layers: dict[str, nn.Module]) -> tuple[int, set[str]]:
+    """The `r` for all layers, and the names of those that cannot hold `r (in + out)` values, as peft requires."""
+    sums = {name: layer.in_features + layer.out_features for name, layer in layers.items()}
+    largest = {name: layer.in_features * layer.out_features // sums[name] for name, layer in layers.items()}
+    needed = {name: math.ceil(len(values) / sums[name]) for name, (_, values) in changes.items()}
+    r = max((rank for name, rank in needed.items() if rank <= largest[name]), default=0)
+    return r, {name for name, rank in needed.items() if max(rank, r) > largest[name]}
+
+
+def _outermost(modules: set[str]) -> set[str]:
+    """These modules without those inside of others."""
+    return {name for name in modules if not _is_inside(name.rpartition(".")[0], modules)}
+
+
+def _is_inside(name: str, modules: set[str]) -> bool:
+    return any(f"{name}.".startswith(f"{module}.") for module in modules)
 
 
 def _is_weight_of(name: str, linear: set[str]) -> bool:

@@ -123,8 +123,12 @@ def attach_entries(model: nn.Module, chosen: dict[str, torch.Tensor]) -> None:
         _attach(model.get_submodule(owner), own, chosen[name])
     # DDP need not synchronize these buffers: every process makes the same changes to them.
     ignored = getattr(model, "_ddp_params_and_buffers_to_ignore", [])
-    buffers = [n for name in chosen for n in (name, f"{name}{_SUFFIX}.indices")]
-    model._ddp_params_and_buffers_to_ignore = [*ignored, *buffers]
+    model._ddp_params_and_buffers_to_ignore = [*ignored, *(buffer for name in chosen for buffer in _buffers_of(name))]
+
+
+def _buffers_of(name: str) -> tuple[str, str]:
+    """Names of the buffers that a weight with trained entries has."""
+    return name, f"{name}{_SUFFIX}.indices"
 
 
 def _check_indices(name: str, indices: Any) -> None:
@@ -162,13 +166,17 @@ def weights_with_entries(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, 
 
 def merge_entries(model: nn.Module) -> nn.Module:
     """Turn the weights into plain parameters again, with their trained values, in place; return the model."""
+    merged: set[str] = set()
     for name, weight, _ in list(weights_with_entries(model)):
+        merged.update(_buffers_of(name))
         owner, _, own = name.rpartition(".")
         module = model.get_submodule(owner)
         del module._modules[f"{own}{_SUFFIX}"], module._buffers[own]
         if not any(isinstance(child, Entries) for child in module.children()):
             module.__class__ = _plain_class(type(module))
         module._parameters[own] = nn.Parameter(weight, requires_grad=weight.is_floating_point())
+    ignored = getattr(model, "_ddp_params_and_buffers_to_ignore", [])
+    model._ddp_params_and_buffers_to_ignore = [name for name in ignored if name not in merged]
     return model
 
 

@@ -82,7 +82,9 @@ def test_only_the_entries_change_and_names_stay(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     assert torch.equal(loaded(**BATCH).logits, expected)
+    assert f"{next(iter(CHOSEN))}_entries.indices" in model._ddp_params_and_buffers_to_ignore
     merged = merge_entries(model)
+    assert not model._ddp_params_and_buffers_to_ignore  # of several processes, all have to train the same weights
     assert type(merged.bert.encoder.layer[0].output.dense) is torch.nn.Linear and not entries_of(merged)
     assert {n for n, _ in merged.named_parameters()} == {n for n, _ in tiny_model().named_parameters()}
     assert torch.equal(merged(**BATCH).logits, expected)
@@ -356,9 +358,45 @@ def test_static_support_without_a_basis_becomes_a_shira_adapter(tmp_path):
     assert (expected - tiny_model().eval()(**BATCH).logits).abs().max() > 1e-3
 
 
+DENSE = {  # one r for all layers: 18, and the smaller layer holds 16 at most
+    "bert.encoder.layer.0.output.dense.weight": torch.arange(1400),
+    "bert.encoder.layer.1.attention.self.query.weight": torch.arange(3),
+}
+PARENT = {  # the attention has a parameter of its own, and the linear layer inside
+    "deberta.encoder.layer.0.attention.self.q_bias": torch.arange(3),
+    "deberta.encoder.layer.0.attention.self.in_proj.weight": torch.arange(3),
+}
+
+
+def test_what_shira_cannot_hold_is_saved_in_full(tmp_path):
+    model = tiny_model().requires_grad_(False)
+    attach_entries(model, DENSE)
+    train(model.eval())
+    export_shira(model, tmp_path)
+    torch.testing.assert_close(shira_logits(tmp_path), model(**BATCH).logits, rtol=1e-5, atol=1e-6)
+
+
+def test_a_delta_holds_running_statistics(tmp_path):
+    models = [nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    attach_entries(models[0], {"0.weight": torch.arange(2)})
+    models[0](torch.randn(5, 3))
+    save_entries(models[0], tmp_path)
+    load_entries(models[1], tmp_path)
+    for name, value in models[0].state_dict().items():
+        assert torch.equal(value, models[1].state_dict()[name]), name
+    assert models[1][1].running_mean.any()
+
+
 def test_models_that_shira_does_not_support_are_refused(tmp_path):
     with pytest.raises(InputError, match="no entries of linear weights train, but SHiRA supports only those"):
         export_shira(tiny_model(), tmp_path)
+    model = tiny_model().requires_grad_(False)
+    attach_entries(model, {"bert.encoder.layer.0.output.dense.weight": torch.arange(1536)})
+    with pytest.raises(
+        InputError, match=r"saved in full, in bert\.enc.*output\.dense, classifier, but SHiRA needs one"
+    ):
+        export_shira(model, tmp_path)
     model = entered()
     with pytest.raises(
         InputError, match=r"the bias of bert\.encoder\.layer\.0\.output\.dense trained in addition to entries"
