@@ -1,4 +1,4 @@
-"""Writing files atomically (a temporary name, then a rename), and hashing tensors."""
+"""Writing files atomically (a temporary name, then a rename), and what hashes of tensors and adapters are made of."""
 
 import contextlib
 import hashlib
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
@@ -48,6 +49,29 @@ def tensor_hash(tensor: torch.Tensor) -> str:
     tensor = tensor.detach().cpu().contiguous()
     digest.update(tensor.view(torch.uint8).numpy() if tensor.ndim else tensor[None].view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def adapters_text(model: nn.Module) -> str:
+    """Text of the settings of a model's peft adapters that its weights do not show, such as LoRA's alpha; "" if none.
+
+    Settings that a running model changes are those of its layers: the scaling, and which adapters are active.
+    """
+    about: dict[str, Any] = {}
+    for name, config in sorted((getattr(model, "peft_config", None) or {}).items()):
+        about[name] = {key: value for key, value in config.to_dict().items() if key not in _OF_ADAPTER_FILES}
+    for path, module in model.named_modules():
+        # a list in peft's layers, and a method of transformers' models
+        if path and isinstance(getattr(module, "active_adapters", None), list):
+            about[path] = {key: getattr(module, key, None) for key in _OF_ADAPTER_LAYERS}
+    return json.dumps(about, sort_keys=True, default=_text) if about else ""
+
+
+_OF_ADAPTER_FILES = ("base_model_name_or_path", "inference_mode", "revision")
+_OF_ADAPTER_LAYERS = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
+
+
+def _text(value: Any) -> Any:
+    return sorted(map(str, value)) if isinstance(value, set | frozenset) else str(value)
 
 
 def _finite(value: Any) -> Any:

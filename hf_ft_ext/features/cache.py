@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from hf_ft_ext.errors import InputError, first_line
 from hf_ft_ext.features.head import HeadReader, head_parameters
 from hf_ft_ext.features.rows import has_plain_columns, inputs_of, only_pads, sample_rows, without_removal
-from hf_ft_ext.files import atomic_write, tensor_hash
+from hf_ft_ext.files import adapters_text, atomic_write, tensor_hash
 from hf_ft_ext.offload import input_device, reader_of
 
 logger = logging.getLogger(__name__)
@@ -42,10 +42,11 @@ def feature_bytes(reader: HeadReader, rows: int) -> int:
 
 
 def encoder_hash(model: nn.Module) -> str:
-    """SHA-256 of everything that features depend on: the configuration, and the weights outside the head."""
+    """SHA-256 of everything that features depend on: configuration, adapters, weights outside the head."""
     head, digest = head_parameters(model), hashlib.sha256()
     config = {key: value for key, value in model.config.to_dict().items() if key not in _IGNORED_SETTINGS}
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    digest.update(adapters_text(model).encode())
     read = reader_of(model)
     for name, tensor in sorted(model.state_dict().items()):
         if name not in head:
@@ -69,7 +70,7 @@ def data_fingerprint(dataset: Any, collate: Callable[[list], dict] | None = None
             digest.update(name.encode())
             for table in dataset.select_columns(name).with_format("arrow").iter(batch_size=10_000):
                 column = table.column(0).combine_chunks()
-                if hasattr(column, "value_lengths"):
+                while hasattr(column, "value_lengths"):  # a list in each row, or lists of lists
                     digest.update(column.value_lengths().to_numpy(zero_copy_only=False).tobytes())
                     column = column.flatten()
                 values = column.to_numpy(zero_copy_only=False)

@@ -107,6 +107,11 @@ def over_tokens(module):
 # a module and what is computed with it; `model.layer` is a linear layer of 8 features
 PARTS = {
     "used twice": (lambda: nn.Tanh(), lambda model, x: model.part(model.layer(model.part(model.layer(x))))),
+    # dropout returns its input itself: the calls have one input, as in heads with several dropout samples
+    "used for one input": (
+        lambda: nn.Dropout(),
+        lambda model, x: sum((k * model.layer(model.part(x))).tanh() for k in (1, 2, 3)),
+    ),
     "read without a call": (
         lambda: nn.Linear(8, 8),
         lambda model, x: functional.linear(x, model.part.weight.T, model.part.bias) * model.part.weight.sum(),

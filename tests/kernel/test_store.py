@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 from families import batch, family
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from hf_ft_ext.errors import InputError
@@ -132,6 +133,10 @@ def test_the_folder_is_named_after_the_content(tmp_path):
     with torch.no_grad():
         other.classifier.bias[0] += 1e-3
     assert store.model_hash(other) != first
+    configs = (LoraConfig(lora_alpha=alpha, init_lora_weights=False) for alpha in (8, 9))
+    adapted = [get_peft_model(family("bert"), config) for config in configs]
+    adapted[1].load_state_dict(adapted[0].state_dict())  # the same weights, which act otherwise
+    assert store.model_hash(adapted[0]) != store.model_hash(adapted[1])
     assert store.rows_hash(LEFT) != store.rows_hash(RIGHT)
     longer = {key: torch.nn.functional.pad(value, (0, 3)) for key, value in batch(5).items()}
     assert store.rows_hash(ExampleRows(longer)) == store.rows_hash(LEFT)  # padding is no content

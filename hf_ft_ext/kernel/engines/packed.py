@@ -159,7 +159,10 @@ class Packer:
         width, transposed = some.output_gradients.shape[2], some.transposed
         parts = []
         for found in gradients:
-            of_use = {_address(gradient.activations): gradient.output_gradients for gradient in found or ()}
+            of_use: dict[tuple, torch.Tensor] = {}
+            for gradient in found or ():  # uses with the same activations are one: (g + h) x^T = g x^T + h x^T
+                use, own = _address(gradient.activations), gradient.output_gradients
+                of_use[use] = of_use[use] + own if use in of_use else own
             each = [
                 of_use[use] if use in of_use else tokens.new_zeros(self.n, tokens.shape[1], width)
                 for use, tokens in zip(uses, activations, strict=True)

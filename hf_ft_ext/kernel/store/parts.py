@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hf_ft_ext.errors import InputError, first_line
-from hf_ft_ext.files import atomic_write, tensor_hash, write_json
+from hf_ft_ext.files import adapters_text, atomic_write, tensor_hash, write_json
 from hf_ft_ext.kernel.rows import ExampleRows
 from hf_ft_ext.kernel.schedule import BlockSchedule, Bounds, Edges
 
@@ -28,12 +28,13 @@ _FIELDS_WITHOUT_EFFECT = ("_name_or_path", "architectures", "transformers_versio
 
 
 def model_hash(model: nn.Module) -> str:
-    """SHA-256 over configuration, weights, buffers, and which parameters are trainable."""
+    """SHA-256 over configuration, settings of adapters, weights, buffers, and which parameters are trainable."""
     digest = hashlib.sha256(type(model).__name__.encode())
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "to_dict"):
         about = {key: value for key, value in config.to_dict().items() if key not in _FIELDS_WITHOUT_EFFECT}
         digest.update(json.dumps(about, sort_keys=True, default=str).encode())
+    digest.update(adapters_text(model).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor_hash(tensor)}\n".encode())
     for name, parameter in sorted(model.named_parameters()):
