@@ -263,8 +263,15 @@ def _fit(model: nn.Module, x: np.ndarray, labels: np.ndarray, bias: bool, c, fol
             position = ((labels.reshape(-1) - low) / (high - low)).clip(0, 1)
             return fit_probability(x, position, bias, c, folds, max_iter)
         check_row_labels(torch.from_numpy(labels), 1, REGRESSION)
+        if labels.size != len(labels) * config.num_labels:
+            raise InputError(
+                f"each row has {labels.size // len(labels)} numbers as labels, and the model {config.num_labels} outputs; "
+                "pass as many, or a model with num_labels of them"
+            )
         return fit_regression(x, labels, bias, c)
     names = [str(config.id2label[i]) for i in range(config.num_labels)]
+    if labels.shape[1:] == (1,) and labels.dtype.kind != "f" and config.problem_type != MULTI_LABEL:
+        labels = labels[:, 0]  # a class id in a list, as transformers' classifiers take it too
     if config.problem_type == MULTI_LABEL or (config.problem_type is None and labels.ndim == 2):
         if labels.shape != (len(x), len(names)):
             raise InputError(f"labels of shape {labels.shape} are not 0 or 1 for each of {len(names)} labels")

@@ -7,7 +7,7 @@ import torch
 from transformers import DataCollatorWithPadding, DefaultDataCollator, Trainer, default_data_collator
 from transformers.trainer_utils import RemoveColumnsCollator
 
-from hf_ft_ext.errors import InputError
+from hf_ft_ext.errors import InputError, first_line
 from hf_ft_ext.prompts.collator import ContextCollator
 
 LABELS = "labels"
@@ -90,19 +90,30 @@ def on_device(batch: dict[str, torch.Tensor], device: torch.device | str | None)
     return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
 
 
+def has_labels(dataset: Any) -> bool:
+    """Whether the rows have a column of labels."""
+    first = dict.fromkeys(dataset.column_names, True) if has_plain_columns(dataset) else dataset[0]
+    return any(first.get(name) is not None for name in ("labels", "label"))
+
+
 def labels_of(dataset: Any) -> torch.Tensor:
     """Labels of all rows.
 
     Raises:
-        InputError: a row has none.
+        InputError: there are none, or not a number, or as many numbers as in other rows, in each row.
     """
+    if not has_labels(dataset):
+        raise InputError("the rows have no labels; add a column `labels`")
     try:
         if has_plain_columns(dataset):
             name = next((name for name in ("labels", "label") if name in dataset.column_names), None)
             return torch.as_tensor(dataset.with_format(None)[name][:])
         return stacked_labels([dataset[i].get("labels", dataset[i].get("label")) for i in range(len(dataset))])
     except (KeyError, TypeError, RuntimeError, ValueError) as error:
-        raise InputError("the training data have no labels to learn from; add a column `labels`") from error
+        raise InputError(
+            f"the labels of the rows are not numbers, or not as many in each row ({first_line(error)}); correct them, or "
+            "remove rows without a label"
+        ) from error
 
 
 def stacked_labels(labels: list[Any]) -> torch.Tensor:

@@ -55,7 +55,9 @@ class LinearHeadTrainer(SolverTrainer):
                 f"{type(model).__name__} has no configuration that says how many labels it has (config.num_labels, "
                 "config.id2label); use a transformers model"
             )
-        if model.config.problem_type == REGRESSION and not is_prompt_model(model):
+        problem = model.config.problem_type
+        regression = problem == REGRESSION or (problem is None and model.config.num_labels == 1)
+        if regression and not is_prompt_model(model):
             for name in ("linearhead_folds", "linearhead_max_iter"):
                 if chosen(self.args, name):
                     raise InputError(

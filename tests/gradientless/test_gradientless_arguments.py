@@ -260,7 +260,7 @@ def test_metrics_of_parts_of_a_batch_are_refused(tmp_path, monkeypatch):
 def test_labels_are_needed(tmp_path):
     from tiny import tiny_dataset
 
-    with pytest.raises(InputError, match="the training data have no labels to learn from"):
+    with pytest.raises(InputError, match="the rows have no labels; add a column"):
         make(tmp_path, dataset=tiny_dataset(16).remove_columns("labels")).train()
 
 

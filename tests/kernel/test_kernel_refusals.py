@@ -86,3 +86,46 @@ def test_invalid_uses_are_refused(tmp_path):
     model.gradient_checkpointing_enable()
     with pytest.raises(InputError, match="gradient_checkpointing_disable"):
         make(tmp_path, model)
+
+
+def with_labels(change, n=12, seed=0, **options):
+    data = tiny_dataset(n, seed=seed, **options)
+    return data.remove_columns("labels").add_column(
+        "labels", [change(i, label) for i, label in enumerate(data["labels"])]
+    )
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_a_class_id_in_a_list_is_the_class_id(tmp_path, classes):
+    found = []
+    for number, change in enumerate((lambda i, label: label, lambda i, label: [label])):
+        train, rows = (with_labels(change, 18, seed, num_labels=classes) for seed in (0, 1))
+        trainer = make(
+            tmp_path / str(number), tiny_model(num_labels=classes), train, rows, kernel_regularization="auto"
+        )
+        found.append((trainer.train().training_loss, trainer.regularization, trainer.evaluate()["eval_loss"]))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("label", [-1, 7, -100])
+def test_labels_to_evaluate_that_are_no_class_ids_are_named(tmp_path, label):
+    rows = with_labels(lambda i, own: label if i == 3 else own)
+    trainer = make(tmp_path, evaluation=rows)
+    trainer.train()
+    for evaluate in (trainer.evaluate, lambda: trainer.predict(rows)):
+        with pytest.raises(InputError, match=f"label {label} of row 3 is not a class id"):
+            evaluate()
+    assert len(trainer.predict(rows.remove_columns("labels")).predictions) == 12
+
+
+def test_several_labels_per_row_need_the_problem_type(tmp_path):
+    rows = with_labels(lambda i, label: [1.0, float(label)])
+    with pytest.raises(InputError, match=r"labels of shape \(12, 2\) .* set config.problem_type = "):
+        make(tmp_path, train=rows).train()
+
+
+def test_ratings_in_whole_numbers_are_read_back_from_files(tmp_path):
+    settings = {"num_labels": 1, "problem_type": "regression"}
+    data = tiny_dataset(12, num_labels=5)
+    make(tmp_path, tiny_model(**settings), data, export_kernels=str(tmp_path / "files")).train()
+    make(tmp_path, tiny_model(**settings), data, load_kernels=str(tmp_path / "files")).train()

@@ -207,6 +207,9 @@ def test_authors_files_are_read_back(tmp_path):
     store.write_kernel(tmp_path, "test", "trec", both, torch.tensor([5, 2]))
     found, classes = store.read_kernel(tmp_path, "test", "trec")
     assert torch.equal(found, both) and classes.tolist() == [5, 2]
+    several = torch.tensor([[1.0, 0, 1], [0, 0, 1]])
+    store.write_kernel(tmp_path, "test", "several", both, several)
+    assert torch.equal(store.read_kernel(tmp_path, "test", "several")[1], several.long())
     torch.save((torch.ones(3), torch.tensor([-1.0, 1, 1])), tmp_path / "dev_logits_sst-2.pt")
     assert store.read_logits(tmp_path, "dev", "sst-2").shape == (3, 1)
 
@@ -216,7 +219,7 @@ def test_authors_files_are_read_back(tmp_path):
     [
         (torch.ones(3), "does not hold the two tensors"),
         ((torch.ones(4, 2, 3, 1), torch.ones(3)), r"a kernel must have shape .*, got \(1, 4, 2, 3, 1\)"),
-        ((torch.ones(4, 1, 3, 1), torch.ones(2)), "3 examples but 2 labels; the file is damaged"),
+        ((torch.ones(4, 1, 3, 1), torch.ones(2)), r"3 examples but labels of shape \(2,\); the file is damaged"),
         (b"", "cannot be read as tensors"),
         (None, "there is no file"),
     ],

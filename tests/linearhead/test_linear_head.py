@@ -181,9 +181,24 @@ def test_bad_arguments_are_refused(tmp_path, options, message):
 
 @pytest.mark.parametrize("name", ["linearhead_folds", "linearhead_max_iter"])
 def test_options_of_logistic_regression_are_refused_in_a_regression(tmp_path, name):
-    model = tiny_model(num_labels=1, problem_type="regression")
-    with pytest.raises(InputError, match=f"{name}=3 is for logistic regression"):
-        make(tmp_path, model, tiny_dataset(8, regression=True), **{name: 3})
+    for problem in (None, "regression"):
+        model = tiny_model(num_labels=1, problem_type=problem)
+        with pytest.raises(InputError, match=f"{name}=3 is for logistic regression"):
+            make(tmp_path, model, tiny_dataset(8, regression=True), **{name: 3})
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+def test_one_label_in_a_list_is_the_label(tmp_path, classes):
+    data = tiny_dataset(24, num_labels=3, regression=classes == 1)
+    lists = data.remove_columns("labels").add_column("labels", [[label] for label in data["labels"]])
+    found = [make(tmp_path, tiny_model(num_labels=classes), rows).train().training_loss for rows in (data, lists)]
+    assert found[0] == found[1]
+
+
+def test_as_many_numbers_as_outputs_are_needed(tmp_path):
+    model = tiny_model(num_labels=3, problem_type="regression")
+    with pytest.raises(InputError, match="each row has 1 numbers as labels, and the model 3 outputs"):
+        make(tmp_path, model, tiny_dataset(8, regression=True)).train()
 
 
 def test_unsupported_uses_are_refused(tmp_path):
@@ -199,8 +214,12 @@ def test_unsupported_uses_are_refused(tmp_path):
         make(tmp_path, add_lora(tiny_model(), LoraTrainingArguments(str(tmp_path))))
     with pytest.raises(InputError, match="class 'LABEL_2' has no training rows"):
         make(tmp_path, tiny_model(num_labels=3)).train()
-    with pytest.raises(InputError, match="have no labels to learn from"):
+    with pytest.raises(InputError, match="the rows have no labels"):
         make(tmp_path, dataset=tiny_dataset(8).remove_columns("labels")).train()
+    rows = tiny_dataset(24)
+    rows = rows.remove_columns("labels").add_column("labels", [*rows["labels"][:-1], None])
+    with pytest.raises(InputError, match="the labels of the rows are not numbers"):
+        make(tmp_path, dataset=rows).train()
     for name in ("learning_rate", "num_train_epochs", "optim"):
         with pytest.raises(InputError, match=f"{name}=.* steers a training loop, and method linearhead has none"):
             LinearHeadTrainingArguments(str(tmp_path)).check_given({name: "x"})

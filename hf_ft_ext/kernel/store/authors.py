@@ -34,7 +34,8 @@ def read_pair(path: str | Path, names: tuple[str, str]) -> tuple[torch.Tensor, t
 
 
 def read_kernel(folder: str | Path, split: str, task: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Read the kernel `[kernels, N1, C, N2, C]` in float64, and labels `[N2]` as class ids or scores.
+    """Read the kernel `[kernels, N1, C, N2, C]` in float64, and labels `[N2]` as class ids or scores
+    (several labels per row: `[N2, labels]`).
 
     Raises:
         InputError: as `read_pair`, or a kernel of another shape.
@@ -43,13 +44,16 @@ def read_kernel(folder: str | Path, split: str, task: str) -> tuple[torch.Tensor
     kernel, labels = read_pair(path, ("kernel", "labels"))
     if kernel.ndim == 4:
         kernel = kernel[None]
-    labels = labels.reshape(-1)
+    if labels.ndim and labels.numel() == len(labels):
+        labels = labels.reshape(-1)
     if kernel.ndim != 5 or kernel.shape[0] not in (1, 2) or kernel.shape[2] != kernel.shape[4]:
         raise InputError(
             f"{path}: a kernel must have shape [N1, C, N2, C] or [2, N1, C, N2, C], got {tuple(kernel.shape)}"
         )
-    if kernel.shape[3] != len(labels):
-        raise InputError(f"{path}: {kernel.shape[3]} examples but {len(labels)} labels; the file is damaged")
+    if not labels.ndim or kernel.shape[3] != len(labels):
+        raise InputError(
+            f"{path}: {kernel.shape[3]} examples but labels of shape {tuple(labels.shape)}; the file is damaged"
+        )
     if kernel.shape[2] == 1 and labels.is_floating_point() and set(labels.unique().tolist()) <= {-1.0, 1.0}:
         labels = (labels + 1) // 2
     return kernel.double(), labels.double() if _are_scores(labels) else labels.long()
@@ -60,7 +64,8 @@ def write_kernel(folder: str | Path, split: str, task: str, kernel: torch.Tensor
 
     Args:
         kernel: `[kernels, N1, C, N2, C]`.
-        labels: `[N2]`, class ids; with one scalar they are written as -1 and 1, as in the authors' files.
+        labels: `[N2]`, class ids; with one scalar they are written as -1 and 1, as in the authors' files. Scores are
+            floating-point numbers.
     """
     path = Path(folder) / kernel_file(split, task)
     if kernel.shape[2] == 1 and not labels.is_floating_point():

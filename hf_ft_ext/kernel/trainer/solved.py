@@ -16,7 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from hf_ft_ext.adapters.folder import ADAPTER_WEIGHTS
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.features.rows import labels_of
+from hf_ft_ext.features.rows import has_labels, labels_of
 from hf_ft_ext.files import atomic_write, write_json
 from hf_ft_ext.kernel.arguments import KernelTrainingArguments
 from hf_ft_ext.kernel.ntk import pseudo_logit
@@ -35,7 +35,9 @@ from hf_ft_ext.kernel.saved.record import (
 )
 from hf_ft_ext.kernel.solvers import Coupling, KernelModel, Solver
 from hf_ft_ext.kernel.trainer.source import KernelSource
+from hf_ft_ext.label_tokens import check_row_labels
 from hf_ft_ext.per_example.capture import Function
+from hf_ft_ext.problem_types import CLASSIFICATION, MULTI_LABEL, REGRESSION
 from hf_ft_ext.training.solver_trainer import SolverTrainer
 
 _SPLITS = {"eval": "dev", "test": "test"}  # the authors' names
@@ -136,6 +138,28 @@ class SolvedKernelTrainer(SolverTrainer):
         """The model's scaled outputs before training with `adjust_for_init`, otherwise `None`."""
         return self.source.start(dataset, split) / self.args.f0_scaling if self.args.adjust_for_init else None
 
+    def _labels(self, dataset: Any) -> np.ndarray:
+        """Class ids `[N]`, numbers, or 0 and 1 for each label `[N, C]`.
+
+        Raises:
+            InputError: there are no labels, or they do not fit the task.
+        """
+        found = labels_of(dataset)
+        if self.regression:
+            check_row_labels(found, 1, REGRESSION)
+            return found.numpy()
+        classes = self.model.config.num_labels
+        if self.multi_label:
+            check_row_labels(found, classes, MULTI_LABEL)
+            return found.numpy()
+        if found.numel() != len(found):
+            raise InputError(
+                f"labels of shape {tuple(found.shape)} are not one class id for each row; for several labels per row "
+                'set config.problem_type = "multi_label_classification"'
+            )
+        check_row_labels(found, classes, CLASSIFICATION)
+        return found.flatten().long().numpy()
+
     # --- evaluation -----------------------------------------------------------------------------------
 
     def evaluation_loop(
@@ -161,14 +185,10 @@ class SolvedKernelTrainer(SolverTrainer):
         split = _SPLITS.get(metric_key_prefix, metric_key_prefix)
         predictions = self.solved.predict(self.source.kernel(dataset, split), self._start(dataset, split))
         self.source.forget()
-        try:
-            labels = labels_of(dataset).numpy()
-        except InputError:
-            labels = None
-        metrics = {}
+        labels, metrics = labels_of(dataset).numpy() if has_labels(dataset) else None, {}
         shown = self.solved.class_scores(predictions)
         if labels is not None:
-            metrics["loss"] = self.solved.loss(predictions, labels)
+            metrics["loss"] = self.solved.loss(predictions, self._labels(dataset))
             if self.compute_metrics is not None and not prediction_loss_only:
                 metrics |= self.compute_metrics(EvalPrediction(predictions=shown, label_ids=labels))
         metrics = {f"{metric_key_prefix}_{key}": float(value) for key, value in metrics.items()}

@@ -13,7 +13,6 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.features.rows import labels_of
 from hf_ft_ext.kernel.arguments import ASYMMETRIC_REGULARIZATION, AUTO, LEAVE_ONE_OUT
 from hf_ft_ext.kernel.formulas import Formula
 from hf_ft_ext.kernel.options import kernel_parameters
@@ -29,11 +28,10 @@ from hf_ft_ext.kernel.solvers import (
     chosen_coupling,
 )
 from hf_ft_ext.kernel.trainer.solved import SolvedKernelTrainer
-from hf_ft_ext.label_tokens import check_row_labels
 from hf_ft_ext.models import seeded_init
 from hf_ft_ext.models.peft import wrap_with_peft
 from hf_ft_ext.per_example.capture import Function
-from hf_ft_ext.problem_types import CLASSIFICATION, MULTI_LABEL, REGRESSION
+from hf_ft_ext.problem_types import MULTI_LABEL, REGRESSION
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.method_trainer import overridden
 from hf_ft_ext.training.runs.plan import TrainedWeight
@@ -157,7 +155,7 @@ class KernelTrainer(SolvedKernelTrainer):
 
     def solve(self) -> dict[str, float]:
         """Compute the train kernel and fit the solver."""
-        labels = self._labels(self.train_dataset)
+        labels = self._training_labels(self.train_dataset)
         scalars = int(np.prod(labels.shape[1:])) if self.regression else self.model.config.num_labels
         self.coupling = chosen_coupling(
             Solver(self.args.kernel_solver), self.args.kernel_classes, self.multi_label, len(labels),
@@ -185,15 +183,10 @@ class KernelTrainer(SolvedKernelTrainer):
         names = ("adjust_for_init", "export_kernels", "load_kernels")
         return next((name for name in names if getattr(self.args, name)), None)
 
-    def _labels(self, dataset: Any) -> np.ndarray:
-        found = labels_of(dataset)
-        labels = found.numpy()
-        if self.regression:
-            check_row_labels(found, 1, REGRESSION)
-            return labels
-        config = self.model.config
-        check_row_labels(found, config.num_labels, MULTI_LABEL if self.multi_label else CLASSIFICATION)
-        if not self.multi_label:
+    def _training_labels(self, dataset: Any) -> np.ndarray:
+        """The labels of training rows, among which no class is missing."""
+        labels, config = self._labels(dataset), getattr(self.model, "config", None)
+        if not (self.regression or self.multi_label):
             check_labels(labels, [str(config.id2label[i]) for i in range(config.num_labels)])
         return labels
 
@@ -216,8 +209,7 @@ class KernelTrainer(SolvedKernelTrainer):
             raise InputError(
                 "kernel_regularization=auto chooses on evaluation data; pass a single eval_dataset, or a number"
             )
-        truth = labels_of(data).numpy()
-        best = system.best_on(self.source.kernel(data, "dev"), truth, self._start(data, "dev"))
+        best = system.best_on(self.source.kernel(data, "dev"), self._labels(data), self._start(data, "dev"))
         logger.info(
             "kernel_regularization: %g, the best of %s on the evaluation data", best, ", ".join(map(str, GRID))
         )
@@ -261,7 +253,7 @@ class KernelTrainer(SolvedKernelTrainer):
         if data is None or isinstance(data, dict):
             raise InputError("linearize predicts a single data set, but there is none; pass dataset")
         train = self.source.train
-        labels, start = self._labels(train), self.source.start(train, "train")
+        labels, start = self._training_labels(train), self.source.start(train, "train")
         options = replace(
             self.solved.options, solver=Solver.LSTSQ, regularization=regularization, coupling=self.coupling, time=None
         )

@@ -97,7 +97,9 @@ class KernelSource:
             else:
                 kernel = self._product(dataset)
         if self.args.export_kernels is not None and self.args.process_index == 0:
-            store.write_kernel(self.args.export_kernels, split, self._task(), kernel, labels_of(dataset))
+            labels = labels_of(dataset)
+            scores = labels.double() if self.trainer.regression else labels  # ratings may be whole numbers
+            store.write_kernel(self.args.export_kernels, split, self._task(), kernel, scores)
         return kernel.numpy()
 
     def _computed(self, rows1: ExampleRows, rows2: ExampleRows | None) -> torch.Tensor:
