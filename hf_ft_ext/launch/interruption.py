@@ -14,6 +14,9 @@ from hf_ft_ext.training.saved.checkpoints import last_complete_checkpoint
 class SaveAndStop(TrainerCallback):
     """After a signal, saves a checkpoint at the end of the step and raises `Interrupted` when it is complete.
 
+    After the last step of an epoch this waits for the end of the epoch: a run that is resumed from a checkpoint
+    between the two would leave out the evaluation there.
+
     transformers' own `enable_jit_checkpoint` saves between gradients and optimizer step, after a wait of three
     seconds, for SIGTERM only; a run resumed from there differs from an uninterrupted one. If nothing can be saved (no
     steps, or `save_strategy=no`), the run ends at once.
@@ -28,6 +31,7 @@ class SaveAndStop(TrainerCallback):
     def __init__(self, signals: Signals):
         self.signals = signals
         self._number: int | None = None
+        self._epoch_ends = False  # whether the end of the epoch follows
         self._schedule = _Schedule()
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -40,8 +44,13 @@ class SaveAndStop(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         last = state.global_step >= state.max_steps or control.should_training_stop
+        self._epoch_ends = last or float(state.epoch).is_integer()
         if args.world_size == 1 or last or self._schedule.is_due(state.global_step):
             self._compare_signals(args, state, control)
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self._epoch_ends = False
+        self._stop_if_signalled(control)
 
     def on_evaluate(self, args, state, control, **kwargs):
         if self.signals.waits:
@@ -56,10 +65,14 @@ class SaveAndStop(TrainerCallback):
             self._schedule.plan(state.global_step, seconds)
         if number and self.signals.waits:
             self._number = int(number)
+        self._stop_if_signalled(control)
+
+    def _stop_if_signalled(self, control) -> None:
+        if self._number is not None and not self._epoch_ends:
             control.should_save = control.should_training_stop = True
 
     def on_save(self, args, state, control, **kwargs):
-        if self._number is not None:
+        if self._number is not None and not self._epoch_ends:
             self.signals.waits = False
             raise Interrupted(self._number)
 

@@ -90,6 +90,36 @@ def test_a_signal_in_training_always_ends_it(tmp_path, event, step):
     assert (tmp_path / f"checkpoint-{step}/model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("step", [1, 2, 4])
+def test_a_signal_in_the_last_step_of_an_epoch_waits_for_the_evaluation_at_its_end(tmp_path, step):
+    """A resumed run begins with the next epoch, so the evaluation would be left out, and with it the best model."""
+
+    def trainer(*callbacks: TrainerCallback) -> Trainer:
+        args = TrainingArguments(
+            str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, num_train_epochs=2,
+            per_device_train_batch_size=8, eval_strategy="epoch", save_strategy="epoch", dataloader_pin_memory=False,
+        )  # fmt: skip
+        rows = tiny_dataset(16)
+        return Trainer(
+            tiny_model(), args, train_dataset=rows, eval_dataset=rows, processing_class=tiny_tokenizer(),
+            callbacks=list(callbacks),
+        )  # fmt: skip
+
+    signals = Signals()
+    request = TrainerCallback()
+
+    def on_step_end(args, state, control, **kwargs):
+        if state.global_step == step:
+            signals.requested = 15
+
+    request.on_step_end = on_step_end
+    with pytest.raises(Interrupted):
+        trainer(request, SaveAndStop(signals)).train()
+    resumed = trainer()
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    assert [entry["step"] for entry in resumed.state.log_history if "eval_loss" in entry] == [2, 4]
+
+
 def test_two_processes_ask_after_the_last_step_too(tmp_path, monkeypatch):
     """A stub in place of the collective: the other process has the signal."""
     calls = []
@@ -101,13 +131,15 @@ def test_two_processes_ask_after_the_last_step_too(tmp_path, monkeypatch):
     monkeypatch.setattr(interruption, "gather", other_has_it)
     callback, control = SaveAndStop(Signals()), type("Control", (), {"should_training_stop": False})()
     args = type("Args", (), {"world_size": 2, "device": torch.device("cpu"), "save_strategy": "steps"})()
-    state = type("State", (), {"global_step": 0, "max_steps": 2})()
+    state = type("State", (), {"global_step": 0, "max_steps": 2, "epoch": 0.5})()
     callback.on_train_begin(args, state, control)
     stopped = []
     for step in (1, 2):
         callback.on_step_begin(args, state, control, optimizer=object())
         state.global_step = step
         callback.on_step_end(args, state, control)
+        if step == 2:
+            callback.on_epoch_end(args, state, control)
         stopped.append(control.should_training_stop)
     assert stopped == [False, True]
     with pytest.raises(Interrupted) as stop:
