@@ -36,8 +36,23 @@ def run_callbacks(
         savers: callbacks that write files into a checkpoint; they run before its checksums are computed.
     """
     patience = run_args.early_stopping_patience
-    early_stopping = [EarlyStoppingCallback(patience)] if patience and args.do_train else []
+    early_stopping = [EarlyStopping(patience)] if patience and args.do_train else []
     return [ResourceMonitor(), *savers, *early_stopping, WriteChecksums(run_args.method), *callbacks]
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """transformers' early stopping; a resumed run goes on with the count of evaluations that its checkpoint holds.
+
+    transformers restores the count only together with the patience of the earlier run.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        if state.global_step > 0:  # resumed
+            saved = state.stateful_callbacks.get(type(self).__name__, {})
+            self.early_stopping_patience_counter = saved.get("attributes", {}).get(
+                "early_stopping_patience_counter", 0
+            )
 
 
 class TrainedAdapterTrainer(MethodTrainer):

@@ -171,6 +171,9 @@ def test_early_stopping(launch):
     assert launch(*options, "--output_dir", "out") == 0
     metrics = json.loads(Path("out/run.json").read_text())["metrics"]
     assert metrics["epoch"] == 3  # the first is the best, and two more do not beat it
+    second = sorted(Path("out").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))[1]
+    assert launch(*options, "--output_dir", "resumed", "--resume_from_checkpoint", str(second)) == 0
+    assert json.loads(Path("resumed/run.json").read_text())["metrics"]["epoch"] == 3
 
 
 def test_evaluation_alone_writes_no_model(launch, capsys):

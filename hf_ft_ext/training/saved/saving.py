@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedConfig
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_ft_ext.adapters.folder import save_configuration, set_base_name
@@ -70,6 +71,13 @@ class CompleteSaves(_Trainer):
             check_weights(resume_from_checkpoint, loaded)
         with loading_saved_state_dict(loaded, resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_callback_state(self) -> None:
+        super()._load_callback_state()
+        # transformers saves states of callbacks under the names in the checkpoint, where a new callback has none.
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ExportableState):
+                self.state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
 
     def settled_arguments(self, checkpoint: str) -> tuple[str, ...]:
         """Names of the arguments whose result `checkpoint` holds, so that a resumed run does not read them."""

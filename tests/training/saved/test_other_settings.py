@@ -11,7 +11,7 @@ from tiny import tiny_dataset, tiny_model, tiny_tokenizer
 
 import hf_ft_ext
 import hf_ft_ext.arguments
-from hf_ft_ext import InputError
+from hf_ft_ext import InputError, ResourceMonitor
 from hf_ft_ext.training.saved.checkpoints import WriteChecksums, check_fits
 from hf_ft_ext.training.saved.resumed_arguments import (
     ARGUMENTS_FILE,
@@ -256,3 +256,11 @@ def warnings_of(caplog):
 
 def names_in(message):
     return set(re.findall(r"([\w.]+)=\S.*?\(checkpoint: ", message))
+
+
+def test_a_callback_that_the_checkpoint_does_not_know_begins_anew(checkpoint, tmp_path):
+    """transformers keeps the states of callbacks, and writes them to places that only the first run made."""
+    trainer = make("full", tmp_path)
+    trainer.add_callback(ResourceMonitor())
+    trainer.train(resume_from_checkpoint=checkpoint("full"))
+    assert "ResourceMonitor" in (tmp_path / "checkpoint-2" / "trainer_state.json").read_text()
