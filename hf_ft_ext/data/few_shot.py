@@ -94,14 +94,18 @@ def few_shot_data(
     if not len(in_dev):
         logger.warning("num_k=%d uses every row for training: none is left to evaluate on", k)
     test = dict(data.test) if keep_test and data.test else _test_splits(data)
+    numbers = {("test", name): _numbers(data, name, rows) for name, rows in test.items()}
     if split == "k-shot-1k-test":
         most = min(TEST_ROWS, max_test_rows or TEST_ROWS)
-        test = {name: _drawn_test(rows, most) for name, rows in test.items()}
+        for name, rows in test.items():
+            drawn = _drawn_test(len(rows), most)
+            test[name], numbers["test", name] = rows.select(drawn), numbers["test", name][drawn]
     return replace(
         data,
         train=train.select(in_train),
         validation={"dev": train.select(in_dev)} if len(in_dev) else {},
         test=test,
+        row_numbers=numbers,
         origins=_origins(data, len(labels), k, wanted, seed, test),
     )
 
@@ -196,9 +200,15 @@ def _test_splits(data: TaskData) -> dict[str, Dataset]:
     return _labelled_test(data) or dict(data.test)
 
 
-def _drawn_test(rows: Dataset, most: int) -> Dataset:
-    """Return at most `most` rows, the same for every seed, in their own order: predictions name rows by number."""
-    return rows.select(np.sort(draw_order(range(len(rows)), _TEST_SEED)[:most])) if len(rows) > most else rows
+def _drawn_test(rows: int, most: int) -> np.ndarray:
+    """Return the places of at most `most` of so many rows, the same for every seed, in order."""
+    return np.sort(draw_order(range(rows), _TEST_SEED)[:most])
+
+
+def _numbers(data: TaskData, name: str, rows: Dataset) -> np.ndarray:
+    """Return the number of each row of the split `name`, of test or validation, in its source."""
+    known = data.row_numbers.get(("test" if name in data.test else "validation", name))
+    return np.arange(len(rows)) if known is None else known
 
 
 def _labelled_test(data: TaskData) -> dict[str, Dataset]:

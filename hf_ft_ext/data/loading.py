@@ -74,7 +74,7 @@ def load_data(
         stream, roles = _first_rows_of_stream(roles)
     roles = _prepared(roles, task, stream is not None)
     text_columns, label_columns = _find_columns(roles, task, data_args)
-    splits, names, kind, feature = _labelled_splits(roles, text_columns, label_columns, task, data_args)
+    splits, numbers, names, kind, feature = _labelled_splits(roles, text_columns, label_columns, task, data_args)
     metric = data_args.metric or (task.metric if task else default_metrics(kind))
     positive = _positive_label(data_args, task, names, kind, metric)
     train: Any = splits["train"].get("train")
@@ -93,6 +93,7 @@ def load_data(
         metric=metric,
         text_columns=text_columns,
         positive_label=positive,
+        row_numbers=numbers,
     )
     data.origins = whole_splits(data)
     if data_args.num_k is not None:
@@ -203,9 +204,10 @@ def _labelled_splits(
     label_columns: list[str],
     task: Task | None,
     data_args: DataArguments,
-) -> tuple[dict[str, dict[str, Dataset]], list[str] | None, str, Any]:
-    """Splits of texts and labels by role and name, the names of the labels, the problem type, and the labels' type."""
+) -> tuple[dict[str, dict[str, Dataset]], dict[tuple[str, str], np.ndarray], list[str] | None, str, Any]:
+    """Splits of texts and labels by role and name; the numbers of the kept rows, names, problem type, labels' type."""
     splits: dict[str, dict[str, Dataset]] = {"train": {}, "validation": {}, "test": {}}
+    numbers: dict[tuple[str, str], np.ndarray] = {}
     if ml.is_multi_label(roles, label_columns):
         if data_args.streaming:
             raise InputError("--streaming needs one label per row, but this data has several; leave --streaming out")
@@ -213,9 +215,9 @@ def _labelled_splits(
         for (role, name, data), values in zip(roles, vectors, strict=True):
             data = data.select_columns(list(text_columns))
             if values is not None:
-                data = _with_labels(name, data, values, ml.feature(values.shape[1]), drop=True)
+                data, numbers[role, name] = _with_labels(name, data, values, ml.feature(values.shape[1]), drop=True)
             splits[role][name] = data
-        return splits, names, MULTI_LABEL, None
+        return splits, numbers, names, MULTI_LABEL, None
     label_column = label_columns[0] if label_columns else None
     raws = [_labels_of(role, name, data, label_column) for role, name, data in roles]
     labelled = [raw for raw in raws if raw is not None]
@@ -227,9 +229,9 @@ def _labelled_splits(
     for (role, name, data), raw in zip(roles, raws, strict=True):
         data = data.select_columns(list(text_columns))
         if raw is not None:
-            data = _with_labels(name, data, next(columns), feature, drop=names is not None)
+            data, numbers[role, name] = _with_labels(name, data, next(columns), feature, drop=names is not None)
         splits[role][name] = data
-    return splits, names, kind, feature
+    return splits, numbers, names, kind, feature
 
 
 def _few_shot(data: TaskData, k: int, data_args: DataArguments, seed: int | None) -> TaskData:
@@ -353,8 +355,8 @@ def _convert(labelled: list[lb.RawLabels], kind: str, task: Task | None, trains:
     return names, iter(arrays)
 
 
-def _with_labels(name: str, data: Dataset, values: np.ndarray, feature, drop: bool) -> Dataset:
-    """Add the labels `values`, `[rows]` or `[rows, labels]`, to `data`; `drop` removes rows without a label."""
+def _with_labels(name: str, data: Dataset, values: np.ndarray, feature, drop: bool) -> tuple[Dataset, np.ndarray]:
+    """Add the labels `values`, `[rows]` or `[rows, labels]`; `drop` removes rows without one. Also what stays."""
     data = data.add_column(LABEL, values.tolist() if values.ndim > 1 else values, feature=feature)
     labelled = (values != lb.UNLABELLED).reshape(len(values), -1 if len(values) else 1).all(axis=1)
     keep = np.flatnonzero(labelled) if drop else np.arange(len(values))
@@ -363,7 +365,7 @@ def _with_labels(name: str, data: Dataset, values: np.ndarray, feature, drop: bo
         if not len(keep):
             raise InputError(f"split '{name}' holds no labelled row: all {len(values)} labels are -1; pass other data")
         data = data.select(keep)
-    return data
+    return data, keep
 
 
 def _first(data: Dataset, limit: int | None) -> Dataset:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 from datasets import Dataset, IterableDataset
 
 from hf_ft_ext.data.origins import Origins
@@ -31,6 +32,8 @@ class TaskData:
     text_columns: tuple[str, ...]  # one or two
     origins: Origins = field(default_factory=dict)  # of every split, by role and name
     positive_label: str | None = None  # name of the positive class, if a metric needs one
+    # By role and split name, where rows are left out: the number of each row in its source, from 0.
+    row_numbers: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
 
     def metric_function(self, threshold: str | float | None = None) -> MetricFunction:
         """Return `compute_metrics` of the data for the current order of labels (see `hf_ft_ext.metric_function`)."""

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,8 @@ def evaluate_all(trainer: Trainer, splits: dict[str, Any]) -> dict[str, float]:
         prefix = "_".join(filter(None, ("eval", suffix)))
         language = language_of(trainer)
         rows = data if language is None else language.rows_of_loss(name, data)
-        with _with_values(trainer.args, dataloader_drop_last=False):  # transformers drops rows here too
+        # transformers drops rows here too, and takes the loader of the first split for the others if workers persist.
+        with _with_values(trainer.args, dataloader_drop_last=False, dataloader_persistent_workers=False):
             metrics |= trainer.evaluate(eval_dataset=rows, metric_key_prefix=prefix)
         if language is not None and language.data_args.predict_with_generate:
             metrics |= language.scored_texts(trainer, data, prefix)[1]
@@ -97,13 +98,21 @@ def choose_thresholds(trainer: Trainer, splits: dict[str, Any]) -> None:
         write_json(path, {**saved, THRESHOLDS: getattr(trainer.model.config, THRESHOLDS)})
 
 
-def predict_all(trainer: Trainer, splits: dict[str, Any], with_probabilities: bool = False) -> dict[str, float]:
+def predict_all(
+    trainer: Trainer,
+    splits: dict[str, Any],
+    with_probabilities: bool = False,
+    numbers: Mapping[tuple[str, str], Sequence[int]] | None = None,
+) -> dict[str, float]:
     """Write `predictions.tsv` (`predictions_mm.tsv`, ...) for every split; metrics where there are labels.
 
     A language model writes `predictions.jsonl` instead, with the texts it generates.
 
-    Columns: `index` (row of the split, from 0), `prediction` (label name; several labels: names with `|` between
-    them; regression: number) and, if wanted, `probability_<label>` for each label.
+    Columns: `index` (row of the split's source, from 0), `prediction` (label name; several labels: names with `|`
+    between them; regression: number) and, if wanted, `probability_<label>` for each label.
+
+    Args:
+        numbers: by role and split, where rows are left out: the number of each row in its source; others are counted.
     """
     metrics = {}
     for position, (name, data) in enumerate(splits.items()):
@@ -128,7 +137,9 @@ def predict_all(trainer: Trainer, splits: dict[str, Any], with_probabilities: bo
             raise InputError("--prediction_loss_only leaves no predictions to write; drop it or --do_predict")
         if trainer.is_world_process_zero():
             file = "_".join(filter(None, ("predictions", suffix))) + ".tsv"
-            header, rows = prediction_table(trainer, output.predictions, with_probabilities)
+            header, rows = prediction_table(
+                trainer, output.predictions, with_probabilities, (numbers or {}).get(("test", name))
+            )
             write_text(os.path.join(trainer.args.output_dir, file), _tsv(header, rows))
     return metrics
 
@@ -243,7 +254,9 @@ def named_predictions(predictions: Any, config: Any, thresholds: float | np.ndar
     return [str(config.id2label[int(i)]) for i in logits.argmax(axis=-1)]
 
 
-def prediction_table(trainer: Trainer, predictions: Any, with_probabilities: bool) -> tuple[list[str], list[tuple]]:
+def prediction_table(
+    trainer: Trainer, predictions: Any, with_probabilities: bool, numbers: Sequence[int] | None = None
+) -> tuple[list[str], list[tuple]]:
     """Header and rows of a predictions file: `index`, `prediction` and, if wanted, a probability for each label."""
     config = trainer.model.config
     columns: list[Any] = [named_predictions(predictions, config, thresholds_of(trainer))]
@@ -252,7 +265,8 @@ def prediction_table(trainer: Trainer, predictions: Any, with_probabilities: boo
         shares = probabilities(logits_of(predictions), config.problem_type)
         header += [f"probability_{config.id2label[i]}" for i in range(shares.shape[-1])]
         columns += [[f"{share:.6g}" for share in column] for column in shares.T]
-    return header, list(zip(range(len(columns[0])), *columns, strict=True))
+    places = range(len(columns[0])) if numbers is None else numbers[: len(columns[0])]  # `max_predict_samples` cuts
+    return header, list(zip(places, *columns, strict=True))
 
 
 def thresholds_of(trainer: Trainer) -> float | np.ndarray:

@@ -126,7 +126,8 @@ def _train_and_score(
     if args.do_eval:
         metrics |= results.evaluate_all(trainer, data.validation)
     if args.do_predict:
-        metrics |= results.predict_all(trainer, data.test, run_args.prediction_probabilities)
+        numbers = getattr(data, "row_numbers", None)  # of classifiers
+        metrics |= results.predict_all(trainer, data.test, run_args.prediction_probabilities, numbers)
     signals.check()
     if args.do_train and not args.load_best_model_at_end:  # the final evaluation is of the last step
         trainer.save_state()

@@ -167,6 +167,7 @@ def test_unlabelled_rows_are_dropped_with_one_log_line(load, folder, caplog):
     assert data.train["label"][:] == [0, 2]
     lines = [record.message for record in caplog.records if "without a label" in record.message]
     assert lines == ["split 'train': dropped 2 of 4 rows without a label"]
+    assert data.row_numbers["train", "train"].tolist() == [0, 2]
 
 
 def test_without_validation_the_labelled_test_split_takes_its_place(load, folder, caplog):

@@ -105,10 +105,11 @@ def test_glue_is_tested_on_its_validation_split(load, caplog):
 
 def test_a_thousand_test_rows_are_the_same_for_every_data_seed(load):
     splits = {"train": LABELS, "test": [0, 1] * 600}
-    cut = [load(splits, num_k=2, data_seed=seed, few_shot_split="k-shot-1k-test").test["test"] for seed in (13, 21)]
-    assert len(cut[0]) == 1000 and texts(cut[0]) == texts(cut[1])
-    numbers = [int(text.removeprefix("row ")) for text in texts(cut[0])]
+    cut = [load(splits, num_k=2, data_seed=seed, few_shot_split="k-shot-1k-test") for seed in (13, 21)]
+    assert len(cut[0].test["test"]) == 1000 and texts(cut[0].test["test"]) == texts(cut[1].test["test"])
+    numbers = [int(text.removeprefix("row ")) for text in texts(cut[0].test["test"])]
     assert numbers == sorted(numbers) and numbers[-1] >= 1000  # drawn from all rows, in the order of the file
+    assert cut[0].row_numbers["test", "test"].tolist() == numbers
 
 
 def test_fewer_than_a_thousand_test_rows_keep_their_order(load):

@@ -205,19 +205,23 @@ def test_mnli_has_two_validation_and_two_test_sets(launch, tmp_path):
     folder = tmp_path / "glue" / "mnli"
     folder.mkdir(parents=True)
     names_of_splits = ("train", "validation_matched", "validation_mismatched", "test_matched", "test_mismatched")
-    for split in names_of_splits:
-        data = text_dataset(9, pair=True).rename_columns({"sentence1": "premise", "sentence2": "hypothesis"})
-        data = data.remove_columns(["label", "idx"]).add_column("label", [names[i % 3] for i in range(9)])
+    for seed, split in enumerate(names_of_splits):
+        data = text_dataset(9, pair=True, seed=seed).rename_columns({"sentence1": "premise", "sentence2": "hypothesis"})
+        labels = [-1 if split == "test_mismatched" and i == 4 else i % 3 for i in range(9)]
+        data = data.remove_columns(["label", "idx"]).add_column("label", labels)
         data.to_parquet(folder / f"{split}-00000-of-00001.parquet")
     splits = "".join(f"      - split: {name}\n        path: {name}-*\n" for name in names_of_splits)
     (folder / "README.md").write_text(f"---\nconfigs:\n  - config_name: mnli\n    data_files:\n{splits}---\n")
     data = ("--dataset_name", str(folder), "--task_name", "mnli")
     steps = ("--do_train", "--do_eval", "--do_predict", "--max_steps", "1")
+    steps += ("--dataloader_num_workers", "1", "--dataloader_persistent_workers", "true")
     assert launch(*steps, "--output_dir", "out", data=data) == 0
     metrics = json.loads(Path("out/run.json").read_text())["metrics"]
-    assert {"eval_accuracy", "eval_mm_accuracy"} <= metrics.keys()
-    for file in ("predictions.tsv", "predictions_mm.tsv"):
-        assert Path("out", file).read_text().splitlines()[1].split("\t")[1] in names
+    assert metrics["eval_loss"] != metrics["eval_mm_loss"] and {"eval_accuracy", "eval_mm_accuracy"} <= metrics.keys()
+    for file, left_out in (("predictions.tsv", ()), ("predictions_mm.tsv", (4,))):  # numbered as in the source
+        rows = tsv(f"out/{file}")[1:]
+        assert [int(row[0]) for row in rows] == [i for i in range(9) if i not in left_out]
+        assert {row[1] for row in rows} <= set(names)
 
 
 def test_regression_predicts_numbers(launch):
