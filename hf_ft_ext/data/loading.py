@@ -193,6 +193,10 @@ def _find_columns(
     for column in label_columns:
         if column in text_columns:
             raise InputError(f"column '{column}' cannot be both text and label; check --text_columns")
+    if LABEL in text_columns:
+        raise InputError(
+            f"the text column '{LABEL}' needs another name, as labels get this one; rename it in the data"
+        )
     for _, name, data in roles:
         _check_text(name, data, text_columns)
     return text_columns, label_columns
@@ -268,7 +272,8 @@ def _find_text(
         for name in columns
         if getattr(data.features[name], "dtype", None) in _STRINGS
         and name.lower() not in _NO_TEXT
-        and (name != label_column if label_column else name.lower() not in ("label", "labels"))
+        and name != label_column
+        and name.lower() not in ("label", "labels")
     ]
     if task is not None or not strings:
         expected = " or ".join(

@@ -211,6 +211,16 @@ def test_own_data_set_without_a_task(load, folder):
     assert list(data.validation) == ["test"]
 
 
+def test_columns_named_like_labels_are_no_text(load, tmp_path):
+    lines = "review,labels,score\na film,good,0.5\na plot,bad,0.25\n"
+    (tmp_path / "a.csv").write_text(lines)
+    (tmp_path / "b.csv").write_text(lines.replace("review", "label"))
+    data = load(train_file=str(tmp_path / "a.csv"), label_column="score")
+    assert data.text_columns == ("review",) and data.train["label"][:] == [0.5, 0.25]
+    with pytest.raises(InputError, match="the text column 'label' needs another name, as labels get this one"):
+        load(train_file=str(tmp_path / "b.csv"), label_column="score", text_columns=["label"])
+
+
 def test_metric_override_is_checked(load, folder):
     path = folder({"train": rows([0, 1])}, ["a", "b"])
     assert load(dataset_name=path, metric="matthews").metric == "matthews"
