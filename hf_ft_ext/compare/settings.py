@@ -23,13 +23,15 @@ USAGE = "hf-ft-ext compare [recipe.yaml] [--methods A,B] [--seeds N] [--argument
 FIRST_SEED = 42
 _SHARED = "all"
 _LOGGED = "0.04"  # logging_steps: log the loss after every 4 % of a run's steps
-_OWN_KEYS = ("methods", "seeds", "max_minutes", "output_dir", "variants")
+_OWN_KEYS = ("methods", "seeds", "max_minutes", "output_dir", "dry_run", "variants")
 # Arguments that the comparison sets for each run, and what to use instead.
 _RESERVED = {
     "method": "pass --methods, or set it in the variants of a recipe",
     "seed": "pass --seeds",
     "overwrite_output_dir": "finished runs with the same command are kept, others are replaced",
     "resume_from_checkpoint": "start the comparison again: finished runs are not repeated",
+    "output_dir": "pass it for the comparison as a whole",
+    "dry_run": "pass it for the comparison as a whole",
     "push_to_hub": "run the command of the run to share from the report again, with --push_to_hub",
 }
 Words = dict[str, list[str]]  # name of a launcher argument -> its words on the command line, --name first

@@ -24,6 +24,7 @@ from hf_ft_ext.launch.folder import (
     free_folder,
     refuse_foreign_run,
     refuse_lost_model,
+    refuse_run_of_another_checkpoint,
 )
 from hf_ft_ext.launch.validation import (
     STEPS,
@@ -31,6 +32,7 @@ from hf_ft_ext.launch.validation import (
     check_streaming,
     check_together,
 )
+from hf_ft_ext.metrics.thresholds import AUTO as AUTO_THRESHOLD
 from hf_ft_ext.training.first_process import on_first_process
 
 logger = logging.getLogger(__name__)
@@ -112,7 +114,7 @@ RULES: dict[str, Rule] = {
         "cuts the training rows, and this run does not train; add --do_train",
     ),
     "max_eval_samples": Rule(
-        lambda c: not c.evaluates,
+        lambda c: not c.evaluates and c.data.multi_label_threshold != AUTO_THRESHOLD,
         "cuts the validation rows, and this run does not evaluate; add --do_eval",
     ),
     "max_predict_samples": Rule(
@@ -200,6 +202,17 @@ def refuse_unused_options(command: Command) -> None:
             given["num_train_epochs"],
             training.max_steps,
         )
+    for kind in ("eval", "save", "logging"):
+        name, strategy = f"{kind}_steps", getattr(training, f"{kind}_strategy").value
+        if given.get(name) and strategy != "steps":
+            logger.warning(
+                "--%s %g is not used: %s_strategy=%s; --%s_strategy steps uses it.",
+                name,
+                given[name],
+                kind,
+                strategy,
+                kind,
+            )
     if command.run.hp_search:
         for name in ("learning_rate", "per_device_train_batch_size"):
             if name in given:
@@ -247,7 +260,10 @@ def _output_dir(given, resume, run_args, model_args, data_args, training_args) -
         given = base if run_args.overwrite_output_dir else free_folder(base, resume=resume is not None)
     given = os.path.expanduser(given)
     if resume is not None:
-        return given, checkpoint_to_resume(resume, given)
+        checkpoint = checkpoint_to_resume(resume, given)
+        if not run_args.dry_run:
+            refuse_run_of_another_checkpoint(given, checkpoint)
+        return given, checkpoint
     if run_args.overwrite_output_dir:
         refuse_lost_model(given, model_args.model_name_or_path)
     elif not run_args.dry_run:  # a dry run writes nothing

@@ -128,12 +128,21 @@ def refuse_foreign_run(output_dir: str) -> None:
         )
 
 
+def refuse_run_of_another_checkpoint(output_dir: str, checkpoint: str) -> None:
+    """Raise an `InputError` if `output_dir` holds a run that the `checkpoint` to resume from is not part of."""
+    if Path(output_dir).resolve() not in Path(checkpoint).resolve().parents and holds_run(output_dir):
+        raise InputError(
+            f"output_dir {output_dir!r} already holds a run, and --resume_from_checkpoint {checkpoint!r} belongs to "
+            "another one; pass another --output_dir, or --resume_from_checkpoint true to continue the run it holds"
+        )
+
+
 def refuse_lost_model(output_dir: str, model: str | None) -> None:
     """Raise an `InputError` if the model to start from lies in the folder that would be overwritten."""
     target = Path(output_dir).expanduser().resolve()
-    if model is None or not os.path.isdir(model):
+    if model is None or not os.path.isdir(os.path.expanduser(model)):
         return
-    source = Path(model).resolve()
+    source = Path(model).expanduser().resolve()
     if source == target or target in source.parents:
         raise InputError(
             f"--overwrite_output_dir would delete {model!r}, the model to start from; pass another --output_dir"

@@ -204,6 +204,11 @@ def choose_best_metric(run_args: RunArguments, args: TrainingArguments, metrics:
             f"metric_for_best_model cannot be {chosen!r}{did_you_mean(chosen.removeprefix('eval_'), keys)}; "
             f"this task has: {', '.join(keys)}"
         )
+    elif args.prediction_loss_only and compares and chosen.removeprefix("eval_") != "loss":
+        raise InputError(
+            f"metric_for_best_model={chosen} is computed from predictions, and --prediction_loss_only leaves none; "
+            "leave one of the two out"
+        )
     best = str(args.metric_for_best_model).removeprefix("eval_")
     if compares and metrics.is_from_elsewhere(best) and "greater_is_better" not in run_args.given:
         which, other = ("highest", "false") if args.greater_is_better else ("lowest", "true")
@@ -323,9 +328,14 @@ def check_checkpoint(trainer: Trainer, method: str) -> None:
             "resume with the method that wrote it"
         )
     check_fits(folder, trainer.model, method)
-    step, last = steps_done(folder), trainer.args.max_steps
-    if 0 < last < step:
+    args, step = trainer.args, steps_done(folder)
+    name, value = "max_steps", args.max_steps
+    last = args.max_steps
+    if args.max_steps < 1:
+        name, value = "num_train_epochs", args.num_train_epochs
+        last = trainer.set_initial_training_values(args, trainer.get_train_dataloader())[-1]
+    if last < step:
         raise InputError(
-            f"--resume_from_checkpoint: {folder!r} is at step {step}, beyond --max_steps {last}, so nothing would be "
-            f"trained; pass a larger --max_steps, or evaluate it as --model_name_or_path"
+            f"--resume_from_checkpoint: {folder!r} is at step {step}, beyond --{name} {value:g}, so nothing would be "
+            f"trained; pass a larger --{name}, or evaluate it as --model_name_or_path"
         )

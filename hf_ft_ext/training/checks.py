@@ -1,5 +1,6 @@
 """Checks of transformers' own arguments for every method: values that would be ignored or end in a traceback."""
 
+import multiprocessing
 from typing import Any
 
 from torch import nn
@@ -21,11 +22,12 @@ def check_training_arguments(args: TrainingArguments) -> None:
     """Refuse arguments that no trainer can honour.
 
     Raises:
-        InputError: sharding without an accelerator, `report_to` or `use_liger_kernel` without the library, or
-            checkpoints of the best model without evaluations.
+        InputError: sharding without an accelerator, `report_to` or `use_liger_kernel` without the library,
+            checkpoints of the best model without evaluations, or settings of worker processes that cannot start.
     """
     refuse_sharding_on_cpu(args)
     _check_report_to(args)
+    _check_workers(args)
     if args.use_liger_kernel and not is_liger_kernel_available():  # transformers looks for it when training starts
         raise InputError("use_liger_kernel needs a library: pip install liger-kernel; or leave it out")
     if args.save_strategy == SaveStrategy.BEST and args.eval_strategy == IntervalStrategy.NO:
@@ -99,6 +101,22 @@ def check_full_batch(args: TrainingArguments, dataset: Any) -> None:
         raise InputError(
             f"dataloader_drop_last drops every batch: the training data has {rows} rows, fewer than {size}; pass a "
             f"per_device_train_batch_size of {max(1, rows // args.world_size)} or less, or leave it out"
+        )
+
+
+def _check_workers(args: TrainingArguments) -> None:
+    """Refuse what torch's data loader refuses, which is created when training starts."""
+    for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):
+        if (value := getattr(args, name)) and not args.dataloader_num_workers:
+            raise InputError(
+                f"{name}={value} is about worker processes, and dataloader_num_workers=0 starts none; pass "
+                "dataloader_num_workers=1 or more, or leave it out"
+            )
+    context, known = args.dataloader_multiprocessing_context, multiprocessing.get_all_start_methods()
+    if isinstance(context, str) and context not in known:
+        raise InputError(
+            f"dataloader_multiprocessing_context={context!r} is unknown here{did_you_mean(context, known)}; choose "
+            f"from: {', '.join(known)}"
         )
 
 

@@ -182,6 +182,8 @@ def test_bad_input_ends_before_the_first_run(argv, message, capsys):
         ("variants: {a: {lora_r: 4}}", "unknown method 'a'"),
         ("variants: {a/b: {method: full}}", "'a/b' is used as a folder name"),
         ("variants: {a: {method: full, seed: 3}}", "seed is set by the comparison"),
+        ("variants: {a: {method: full, output_dir: b}}", "output_dir is set by the comparison.*as a whole"),
+        ("variants: {a: {method: full, dry_run: true}}", "dry_run is set by the comparison"),
         ("variants: {a: {method: full, lora_r: 3}}", "a: unknown argument '--lora_r'.*belongs to method 'lora'"),
         ("variants: {a: {method: gradientless, optim: sgd}}", "a: optim='sgd' needs gradients"),
     ],

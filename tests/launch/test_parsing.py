@@ -268,6 +268,26 @@ def test_a_folder_that_holds_a_run_is_refused(tmp_path, leftover):
         parse("--output_dir", "out", "--overwrite_output_dir", "--model_name_or_path", str(path.parent))
 
 
+def test_a_model_in_the_home_folder_is_not_deleted(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(InputError, match=r"would delete '~/out', the model to start from"):
+        parse("--output_dir", "~/out", "--overwrite_output_dir", "--model_name_or_path", "~/out")
+
+
+def test_a_run_is_not_resumed_in_the_folder_of_another_one(tmp_path):
+    for name in ("one", "two"):
+        checkpoint = tmp_path / name / "checkpoint-5"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "trainer_state.json").write_text('{"global_step": 5}')
+    resume = ("--resume_from_checkpoint", "one/checkpoint-5", "--output_dir")
+    with pytest.raises(InputError, match=r"output_dir 'two' already holds a run, and .*'one/checkpoint-5' belongs to"):
+        parse(*resume, "two")
+    for folder in ("one", "three"):
+        assert parse(*resume, folder)[3].resume_from_checkpoint == "one/checkpoint-5"
+    assert parse(*resume, "two", "--dry_run")[3].output_dir == "two"  # which writes nothing
+
+
 def test_resume_true_in_a_recipe_is_the_last_checkpoint(tmp_path):
     for step in (9, 10):
         (tmp_path / f"out/checkpoint-{step}").mkdir(parents=True)

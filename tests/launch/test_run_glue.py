@@ -142,6 +142,9 @@ def test_a_checkpoint_is_not_resumed_under_other_labels(launch, method, tmp_path
     assert "was trained for the labels A, B, and here they are aaa, zzz" in capsys.readouterr().err
     assert launch(*options, *resume, "--max_steps", "1", "--output_dir", "b", data=old, method=method) == 2
     assert "is at step 2, beyond --max_steps 1" in capsys.readouterr().err
+    short = ("--num_train_epochs", "1", "--per_device_train_batch_size", "16", "--output_dir", "b")
+    assert launch(*options, *resume, *short, data=old, method=method) == 2
+    assert "is at step 2, beyond --num_train_epochs 1, so nothing would be" in capsys.readouterr().err
     if method == "lora":
         other = ("--lora_alpha", "64", "--output_dir", "b")
         assert launch(*options, *resume, "--max_steps", "4", *other, data=old, method=method) == 2
@@ -301,6 +304,8 @@ def test_search_without_optuna(launch, monkeypatch, capsys):
         (["--do_train", "--hp_search", "2"], ["--train_file", "train.csv"], "--hp_search compares"),
         (["--load_best_model_at_end", "--eval_strategy", "steps", "--metric_for_best_model", "f1"], None,
          "metric_for_best_model cannot be 'f1'.*loss, accuracy"),
+        (["--load_best_model_at_end", "--eval_strategy", "epoch", "--save_strategy", "epoch", "--prediction_loss_only",
+          "--metric_for_best_model", "accuracy"], None, "metric_for_best_model=accuracy is computed from predictions"),
         (["--model_name_or_path", "./none"], None, "no such folder"),
         (["--batch_eval_metrics"], None, "compute_result"),
         (["--early_stopping_patience", "2"], None, "add --load_best_model_at_end"),

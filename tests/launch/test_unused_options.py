@@ -111,6 +111,7 @@ def test_every_option_is_either_refused_or_acts():
         ["--metric_for_best_model", "loss", "--eval_strategy", "epoch"],
         ["--few_shot_split", "k-shot-10x", "--num_k", "4"],
         ["--max_predict_samples", "5", "--do_predict", "--metric", "accuracy"],
+        ["--max_eval_samples", "5", "--do_train", "--do_predict", "--multi_label_threshold", "auto"],
     ],
 )
 def test_options_with_effect_pass(words):
@@ -132,6 +133,14 @@ def test_values_that_a_search_overrides_are_logged(caplog):
         (
             ["--method", "full", "--lr_scheduler_type", "constant", "--warmup_steps", "2"],
             "--warmup_steps 2.* not used",
+        ),
+        (
+            ["--method", "full", "--eval_steps", "5"],
+            "--eval_steps 5 is not used: eval_strategy=no; --eval_strategy steps",
+        ),
+        (
+            ["--method", "full", "--save_strategy", "epoch", "--save_steps", "5"],
+            "--save_steps 5 .* save_strategy=epoch",
         ),
         (["--method", "gradientless", "--warmup_steps", "2"], "--warmup_steps 2.* lr_scheduler_type=constant has no"),
     ],

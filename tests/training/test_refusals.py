@@ -180,6 +180,8 @@ def test_unusable_report_to_is_refused_before_training(tmp_path, name):
         make(name, late)
     with pytest.raises(InputError, match="report_to=wanbd is unknown; did you mean 'wandb'"):
         make(name, own(str(tmp_path), **{**options, "report_to": ["wanbd"]}))
+    with pytest.raises(InputError, match="dataloader_persistent_workers=True is about worker processes, and"):
+        make(name, own(str(tmp_path), **options, dataloader_persistent_workers=True))
     if name in SOLVER_METHODS:
         return
     with pytest.raises(InputError, match="save_strategy=best saves after the best evaluation, and there is none"):
