@@ -24,7 +24,7 @@ from hf_ft_ext.report.identity import (
 )
 from hf_ft_ext.report.read import Run
 
-_NO_QUALITY = re.compile(r"eval_(.*loss|runtime|.*_per_second|.*_time)")
+_NO_QUALITY = re.compile(r"eval_(.*loss|(.*_)?runtime|.*_per_second|.*_time)")
 _COUNTS_OF_TRL = re.compile(r"eval_(entropy|num_tokens|mean_token_accuracy)")
 _COMPARED_LIBRARIES = ("hf_ft_ext", "torch", "transformers")
 

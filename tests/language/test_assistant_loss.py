@@ -112,10 +112,11 @@ def test_a_template_that_trl_knows_needs_no_marks(tmp_path):
     assert abs(perplexity - every) > 0.1
 
 
-def test_marks_may_come_from_a_file(tmp_path):
+def test_marks_may_come_from_a_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
     save(tmp_path, "gpt2", PLAIN)
     (tmp_path / "marked.jinja").write_text(MARKED)
-    assert launch(tmp_path, "--chat_template_path", str(tmp_path / "marked.jinja")) == 0
+    assert launch(tmp_path, "--chat_template_path", "~/marked.jinja") == 0
 
 
 @pytest.mark.parametrize(

@@ -221,6 +221,7 @@ def folder(tmp_path_factory):
         ("scores", (), "column 'references' of split 'train' holds lists of texts, and row 0 has 'great'"),
         ("chat", ("--chat_template_path", "strict.jinja"), "rejects this data: only system may begin; change"),
         ("chat", ("--chat_template_path", "broken.jinja"), "rejects this data: unexpected end of template"),
+        ("chat", ("--chat_template_path", "chat.jsonl"), "chat.jsonl: trl reads files named .jinja or .j2; rename it"),
         ("answer", ("--chat_template_path", "plain.jinja", "--predict_with_generate"), "holds only an answer, so"),
         ("text", ("--predict_with_generate",), "--predict_with_generate continues a prompt, and rows of text"),
         ("text", ("--chat_template_path", "x"), "is about messages, and the data has text; leave it out"),

@@ -209,6 +209,7 @@ def test_each_run_counts_once_and_its_comparison_names_it(tmp_path):
         ({"quality": "eval_gone", "metrics": {"eval_accuracy": 1}}, "eval_accuracy"),
         ({"metrics": {"eval_loss": 1, "eval_runtime": 2, "eval_samples_per_second": 3, "eval_own_score": 1}},
          "eval_own_score"),
+        ({"metrics": {"eval_mm_runtime": 2, "eval_own_score": 1}}, "eval_own_score"),
         ({"metrics": {"eval_loss": 1, "train_loss": 2}}, None),
     ],
 )  # fmt: skip

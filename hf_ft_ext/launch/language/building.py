@@ -177,7 +177,7 @@ def load(
         if rows is None and causal:  # trl requires training rows even without training
             rows = Dataset.from_dict({key: [[tokenizer.pad_token_id] * 2] for key in ("input_ids", "labels")})
         if causal:
-            _set_trl_arguments(args, data_args, tokenizer, length)
+            _set_trl_arguments(args, data_args, length)
         with trainer_errors_as_input_errors(args), template_errors():
             trainer = trainer_class(
                 model=copy.deepcopy(model) if run_args.hp_search else model,  # each trial needs its own
@@ -230,13 +230,13 @@ def _trainer_class(method: type[Trainer], causal: bool) -> Any:
     return type(f"{method.__name__}AndSFTTrainer", (Perplexity, method, CountedTruncation, SFTTrainer), {})
 
 
-def _set_trl_arguments(
-    args: MethodTrainingArguments, data_args: DataArguments, tokenizer: PreTrainedTokenizerBase, length: int
-) -> None:
+def _set_trl_arguments(args: MethodTrainingArguments, data_args: DataArguments, length: int) -> None:
     """Set the attributes that `MethodTrainer._complete` takes over into trl's arguments."""
-    for name in ("packing", "completion_only_loss", "assistant_only_loss", "chat_template_path"):
+    for name in ("packing", "completion_only_loss", "assistant_only_loss"):
         setattr(args, name, getattr(data_args, name))
-    args.max_length, args.eval_packing, args.pad_token = length, False, tokenizer.pad_token
+    template = data_args.chat_template_path
+    args.max_length, args.eval_packing = length, False
+    args.chat_template_path = template and os.path.expanduser(template)
 
 
 class LanguageRun:
@@ -314,6 +314,8 @@ def _check_chat_template(data: LanguageData, tokenizer: PreTrainedTokenizerBase,
         raise InputError(f"--chat_template_path {path} is about messages, and the data has {data.form}; leave it out")
     if path is not None and not os.path.exists(os.path.expanduser(path)):
         raise InputError(f"--chat_template_path {path}: there is no such file or folder; check the path")
+    if path is not None and os.path.isfile(os.path.expanduser(path)) and not path.endswith((".jinja", ".j2")):
+        raise InputError(f"--chat_template_path {path}: trl reads files named .jinja or .j2; rename it")
 
 
 def _check_assistant_rows(data: LanguageData, tokenizer: PreTrainedTokenizerBase, chat: bool) -> None:
