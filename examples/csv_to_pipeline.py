@@ -24,7 +24,7 @@ from hf_ft_ext.launch.run import main as train
 def write_csv(path: Path, rows) -> None:
     """The file that you would have: a text and a label in each row, labels as words."""
     names = ("negative", "positive")
-    with open(path, "w", newline="") as file:
+    with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["review", "verdict"])
         writer.writerows([row["sentence"], names[row["label"]]] for row in rows)

@@ -8,7 +8,7 @@ The other settings of the file are the base of every row. `rows` has one of two 
     row_name: "{task}-{k}"                  # a list of rows, named by their cells
     columns:                                # optional: without it, a column sets the argument of the same name
       task: task_name                       # the cell sets another argument, or [several, arguments]
-      k: {16: ..., 64: ...}                 # each cell value stands for several settings
+      k: {"16": ..., "64": ...}             # each cell value, as text, stands for several settings
     rows:
       - [sst2, 16]                          # the cells in the order of `columns`
       - {task: [sst2, rte], k: [16, 64]}    # every combination
