@@ -43,7 +43,7 @@ from hf_ft_ext.errors import InputError
 
 FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _FILE_OPTIONS = ("train_file", "validation_file", "test_file")
-_FOLDER_ADVICE = "pass a folder that holds csv, json or parquet files, or whose README.md lists them"
+_FOLDER_ADVICE = "pass a folder of csv, json or parquet files, one whose README.md lists them, or a saved DatasetDict"
 _LOCAL_DATA_ADVICE = "pass a local folder to --dataset_name, or own files with --train_file and --validation_file"
 _DEFAULT_CONFIG = "default"  # the name that `datasets` gives to the configuration of a data set without configurations
 # Errors of `datasets`, and those of its readers that it does not wrap.
@@ -228,7 +228,7 @@ def _open_files(
         return open_own_files(named, reading, cache_dir=cache_dir, streamed=("train",) if streaming else ())
     splits = {}
     for option, location in paths.items():
-        with _local_errors(f"--{option} {files[option]}", "check that it holds rows and is a valid .parquet file"):
+        with _local_errors(f"--{option} {files[option]}", "check that it is valid with rows, and --cache_dir"):
             # One call for each file, because the test file may lack the label column. The cache notices edited files.
             splits[option.removesuffix("_file")] = load_dataset(
                 kind,

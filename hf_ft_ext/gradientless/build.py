@@ -63,7 +63,8 @@ def build_optimizer(
         if args.search_selection == ALL:
             size = None
         elif size is None:
-            hidden = getattr(model.config, "hidden_size", None) or max(max(p.shape) for p in parameters if p.ndim)
+            hidden = getattr(getattr(model, "config", None), "hidden_size", None)
+            hidden = hidden or max(max(p.shape) for p in parameters if p.ndim)
             size = min(2 * hidden, largest)
         return DirectSearch(
             parameters,

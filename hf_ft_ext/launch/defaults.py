@@ -253,7 +253,8 @@ def _output_dir(given, resume, run_args, model_args, data_args, training_args) -
     """The run folder, and the checkpoint to resume from if there is one."""
     if given is None and resume is not None and resume.lower() != "true":
         checkpoint = checkpoint_to_resume(resume, "")
-        return str(Path(checkpoint).parent), checkpoint
+        folder = Path(checkpoint)
+        return str((folder if folder.name.strip(".") else folder.resolve()).parent), checkpoint  # "." has no parent
     if given is None:
         base = os.path.join("runs", f"{run_args.method}-{task_label(data_args)}-seed{training_args.seed}")
         # Without --output_dir, --overwrite_output_dir means the folder with the default name.

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 STEPS = ("do_train", "do_eval", "do_predict")
 _IN_ORDER = ("random", "sequential")  # values of train_sampling_strategy that a stream allows
+_OPTIMIZER_STATES = ("optimizer*", "global_step*")  # transformers' and FSDP's, DeepSpeed's
 _MANY = math.inf
 _SEEDS = 2**32 - 1  # the largest seed that numpy accepts
 # name -> lowest, highest, whether the highest itself is allowed
@@ -328,10 +330,18 @@ def check_checkpoint(trainer: Trainer, method: str) -> None:
             "resume with the method that wrote it"
         )
     check_fits(folder, trainer.model, method)
+    if not any(next(Path(folder).glob(pattern), None) for pattern in _OPTIMIZER_STATES):
+        logger.warning(
+            "%s holds no optimizer state (save_only_model): moments and learning rate begin anew, so the run differs "
+            "from an uninterrupted one.",
+            folder,
+        )
     args, step = trainer.args, steps_done(folder)
     name, value = "max_steps", args.max_steps
     last = args.max_steps
-    if args.max_steps < 1:
+    if args.max_steps < 1 and args.auto_find_batch_size:  # the checkpoint's batch size counts the steps
+        last = step
+    elif args.max_steps < 1:
         name, value = "num_train_epochs", args.num_train_epochs
         last = trainer.set_initial_training_values(args, trainer.get_train_dataloader())[-1]
     if last < step:

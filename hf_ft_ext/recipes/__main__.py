@@ -1,6 +1,7 @@
 """`hf-ft-ext recipes`: list, filter and print recipes."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         for line in _lines(args.words, args.folder):
             print(line)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as `head`, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

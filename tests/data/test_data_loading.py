@@ -244,6 +244,9 @@ def test_an_edited_configuration_is_read_anew(load, folder, labels):
 def test_faults_of_folders(load, folder, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file.csv").write_text("text,label\na,1\n")
+    Dataset.from_dict(rows([0, 1])).save_to_disk(tmp_path / "saved")
+    with pytest.raises(InputError, match=r"saved using `save_to_disk`.*pass a folder of .*, or a saved DatasetDict"):
+        load(dataset_name=str(tmp_path / "saved"))
     path = folder({"train": rows([0, 1])}, ["a", "b"], "one")
     folder({"train": rows([0, 1])}, ["a", "b"], "two")
     with pytest.raises(
@@ -258,7 +261,7 @@ def test_faults_of_folders(load, folder, tmp_path):
     with pytest.raises(InputError, match=r"folder '.*/missing' does not exist; check the path"):
         load(dataset_name=str(tmp_path / "missing"))
     with pytest.raises(
-        InputError, match=r"cannot read data set folder '.*/empty' \(EmptyDatasetError.*pass a folder that"
+        InputError, match=r"cannot read data set folder '.*/empty' \(EmptyDatasetError.*pass a folder of"
     ):
         load(dataset_name=str(tmp_path / "empty"))
     with pytest.raises(InputError, match="is a file; pass it as --train_file"):

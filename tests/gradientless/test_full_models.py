@@ -26,6 +26,7 @@ from hf_ft_ext import (
     apply_trajectory,
 )
 from hf_ft_ext.entries.delta import read_choice
+from hf_ft_ext.gradientless.build import build_optimizer
 from hf_ft_ext.gradientless.optimizers.perturbation.directions import CHUNK
 from hf_ft_ext.gradientless.optimizers.perturbation.update_rules import Rounding
 from hf_ft_ext.gradientless.scoring.full_models import labels_of
@@ -279,6 +280,13 @@ class Fixed(nn.Module):
 
     def forward(self):
         return (self.matrix.float() * self.toward).sum() + (self.vector.float() * self.toward[0]).sum()
+
+
+@pytest.mark.parametrize("method", ["gld", "spsa"])
+def test_models_that_are_no_transformers_models_are_searched(tmp_path, method):
+    args = GradientlessTrainingArguments(str(tmp_path), search_method=method, search_target="all", use_cpu=True)
+    model = Fixed(torch.float32)
+    build_optimizer(args, model, dict(model.named_parameters())).step(model)
 
 
 @pytest.mark.parametrize("carry", [False, True])

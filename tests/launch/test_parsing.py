@@ -288,6 +288,14 @@ def test_a_run_is_not_resumed_in_the_folder_of_another_one(tmp_path):
     assert parse(*resume, "two", "--dry_run")[3].output_dir == "two"  # which writes nothing
 
 
+def test_a_run_is_resumed_from_inside_its_checkpoint(tmp_path, monkeypatch):
+    checkpoint = tmp_path / "one" / "checkpoint-5"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text('{"global_step": 5}')
+    monkeypatch.chdir(checkpoint)
+    assert parse("--resume_from_checkpoint", ".")[3].output_dir == str(tmp_path / "one")
+
+
 def test_resume_true_in_a_recipe_is_the_last_checkpoint(tmp_path):
     for step in (9, 10):
         (tmp_path / f"out/checkpoint-{step}").mkdir(parents=True)

@@ -1,6 +1,7 @@
 """`hf-ft-ext COMMAND`: what the first word chooses."""
 
 import importlib
+import os
 
 import pytest
 
@@ -19,6 +20,15 @@ def test_an_unknown_command_is_refused(capsys):
     assert main(["compair", "runs"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: unknown command 'compair'; did you mean 'compare'") and "report, recipes" in said
+
+
+def test_a_reader_may_leave_before_the_end(monkeypatch, tmp_path):
+    (tmp_path / "a.yaml").write_text("method: full\n")
+    read, written = os.pipe()
+    os.close(read)
+    with os.fdopen(written, "w") as out:
+        monkeypatch.setattr("sys.stdout", out)
+        assert main(["recipes", "--folder", str(tmp_path)]) == 0
 
 
 @pytest.mark.parametrize("name", ["compare", "report", "recipes", "push"])

@@ -216,7 +216,7 @@ def test_a_folder_of_json_keeps_nested_columns(tmp_path):
     with pytest.raises(InputError, match="--column_names is for csv and tsv files, but this data is read as it is"):
         load_language_data(DataArguments(dataset_name=str(tmp_path / "data"), column_names=["a", "b"]))
     (tmp_path / "data" / "train.jsonl").write_text("{no json")
-    with pytest.raises(InputError, match=r"cannot read data set folder .*pass a folder that holds csv"):
+    with pytest.raises(InputError, match=r"cannot read data set folder .*pass a folder of csv"):
         load_language_data(DataArguments(dataset_name=str(tmp_path / "data")))
 
 

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -138,7 +139,8 @@ def _converted(values: dict[str, Any], features: Features, cache_dir: str | None
                 "folder that has room"
             ) from error
         finally:
-            unfinished.unlink(missing_ok=True)
+            with suppress(OSError):  # as there is no such folder
+                unfinished.unlink()
     return Dataset.from_file(str(path))
 
 

@@ -128,7 +128,7 @@ def _runs(folder: Path, name: str) -> dict[int, dict]:
         matched = re.fullmatch(rf"{re.escape(name)}-(\d+)(-[\d.e+-]+)?", path.parent.name)
         if matched is None:
             continue
-        metrics = json.loads(path.read_text())["metrics"]
+        metrics = json.loads(path.read_text(encoding="utf-8"))["metrics"]
         dev = next((metrics[f"eval_{key}"], metrics[f"test_{key}"]) for key in _SCORES if f"test_{key}" in metrics)
         run = {"dev": (dev[0], -metrics["eval_loss"]), "score": dev[1], "folder": path.parent}
         seed = int(matched[1])
@@ -140,5 +140,5 @@ def _runs(folder: Path, name: str) -> dict[int, dict]:
 
 
 def _predictions(run: dict) -> list[str]:
-    with open(run["folder"] / "predictions.tsv", newline="") as file:
+    with open(run["folder"] / "predictions.tsv", newline="", encoding="utf-8") as file:
         return [row["prediction"] for row in csv.DictReader(file, delimiter="\t")]
