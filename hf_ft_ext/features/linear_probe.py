@@ -265,8 +265,8 @@ def _fit(model: nn.Module, x: np.ndarray, labels: np.ndarray, bias: bool, c, fol
         check_row_labels(torch.from_numpy(labels), 1, REGRESSION)
         if labels.size != len(labels) * config.num_labels:
             raise InputError(
-                f"each row has {labels.size // len(labels)} numbers as labels, and the model {config.num_labels} outputs; "
-                "pass as many, or a model with num_labels of them"
+                f"each row has {labels.size // len(labels)} numbers as labels, and the model {config.num_labels} "
+                "outputs; pass as many, or a model with num_labels of them"
             )
         return fit_regression(x, labels, bias, c)
     names = [str(config.id2label[i]) for i in range(config.num_labels)]

@@ -111,8 +111,8 @@ def labels_of(dataset: Any) -> torch.Tensor:
         return stacked_labels([dataset[i].get("labels", dataset[i].get("label")) for i in range(len(dataset))])
     except (KeyError, TypeError, RuntimeError, ValueError) as error:
         raise InputError(
-            f"the labels of the rows are not numbers, or not as many in each row ({first_line(error)}); correct them, or "
-            "remove rows without a label"
+            f"the labels of the rows are not numbers, or not as many in each row ({first_line(error)}); correct them, "
+            "or remove rows without a label"
         ) from error
 
 
