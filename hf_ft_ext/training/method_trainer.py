@@ -220,13 +220,26 @@ class MethodTrainer(Trainer):
         refuse_compiled(model)
         check_loss(self.args, model)
         declare_offloaded(model)
-        return self.prepare_model(model)
+        model = self.prepare_model(model)
+        self._let_inputs_require_gradients(model)
+        return model
+
+    def _let_inputs_require_gradients(self, model: Any) -> None:
+        """Let gradients reach layers that are checkpointed with `use_reentrant` and follow frozen ones.
+
+        Such a layer passes gradients on only if its inputs require them. transformers sees to it for texts only.
+        """
+        reentrant = (self.args.activation_checkpointing_kwargs or {}).get("use_reentrant")
+        other_inputs = getattr(model, "main_input_name", "input_ids") != "input_ids"
+        if self.args.activation_checkpointing and reentrant and other_inputs:
+            model.enable_input_require_grads()
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, *positional, **kwargs
     ) -> TrainOutput:
         check_placement(self.model, self.several_devices, offloaded_too=self.offloaded_models)
         self.apply_trial(trial)
+        self._let_inputs_require_gradients(self.model)
         return super().train(resume_from_checkpoint, trial, *positional, **kwargs)
 
     def hyperparameter_search(

@@ -7,6 +7,7 @@ import torch
 import transformers
 from classifiers import classifier_rows, tiny_classifier
 from datasets import Dataset
+from other_models import other_batch, other_model
 from peft import LoraModel, PeftModel, PeftModelForCausalLM
 from tiny import CONFIGS, tiny_dataset, tiny_model
 from torch import nn
@@ -340,3 +341,17 @@ def test_a_regular_expression_picks_layers(tmp_path):
     assert len(adapted) == 4 and not any("attention" in name for name in adapted)
     with pytest.raises(InputError, match=r"lora_target_modules='\*' is not a regular expression"):
         LoraTrainingArguments(str(tmp_path), lora_target_modules=["*"])
+
+
+def test_checkpointed_layers_of_images_get_gradients(tmp_path):
+    """Inputs of layers with reentrant checkpointing have to require gradients; in transformers, those of texts do."""
+    rows = other_batch("vit")
+    rows["pixel_values"] = rows["pixel_values"].float()
+    data = [{name: value[i] for name, value in rows.items()} for i in range(3)]
+    options = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}
+    args = LoraTrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, save_strategy="no", **options)
+    trainer = LoraTrainer(other_model("vit").float(), args, train_dataset=data)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if "lora_B" in name}
+    trainer.train()
+    own = dict(trainer.model.named_parameters())
+    assert before and not any(torch.equal(own[name], value) for name, value in before.items())
