@@ -101,9 +101,11 @@ def inside_adapter(name: str, model: nn.Module) -> bool:
 
 
 def other_holder(model: nn.Module, module: nn.Module) -> str | None:
-    """Name of another module that holds the weight of `module`; `None` if there is none."""
-    weight = module.weight
-    others = ((name, other) for name, other in model.named_modules() if other is not module)
+    """Name of another module that holds the weight of `module`, or another name of it; `None` if there is none."""
+    weight, named = module.weight, list(model.named_modules(remove_duplicate=False))
+    if again := [name for name, other in named if other is module][1:]:
+        return again[0]
+    others = ((name, other) for name, other in named if other is not module)
     return next((name for name, other in others if any(p is weight for p in other._parameters.values())), None)
 
 

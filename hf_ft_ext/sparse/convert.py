@@ -4,6 +4,7 @@ import logging
 import re
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from hf_ft_ext.adapters.layers import other_holder
 from hf_ft_ext.entries.choice import without_frozen
@@ -82,6 +83,7 @@ def convert_to_sparse(
         kind = kind_of(name, linear, basis_scope)
         shared = bases.setdefault(kind, Basis(identity=basis == NONE))
         layer = SparseGradLinear.from_linear(linear, shared, counts[name], kind)
+        layer.shared = other_holder(model, linear) is not None
         if threshold is not None:
             layer.threshold, layer.n_params = threshold, linear.weight.numel()  # n_params is an upper bound here
         if support != DYNAMIC:
@@ -195,11 +197,12 @@ def _refuse_shared(model: nn.Module, targets: dict[str, nn.Module], support: str
     """Refuse a target whose weight other modules hold too, unless gradients of all of them reach its entries.
 
     Dynamic support selects entries of the weight's gradient, to which all modules contribute. A fixed support computes
-    the gradients of one layer's entries only, and 16-bit weights are trained as a copy in float32.
+    the gradients of one layer's entries only, and 16-bit and transposed weights are trained as a copy.
     """
     for name, linear in targets.items():
         other = other_holder(model, linear)
-        if other is not None and (support != DYNAMIC or other in targets or linear.weight.element_size() < 4):
+        copied = linear.weight.element_size() < 4 or isinstance(linear, Conv1D)
+        if other is not None and (support != DYNAMIC or other in targets or copied):
             raise InputError(
                 f"{name} shares its weight with {other}, so its entries cannot train for this layer alone; leave it "
                 "out of target_modules, train a SparseGradConfig adapter, or load the model with "

@@ -108,6 +108,7 @@ class SparseGradLinear(nn.Linear):
         kind: name and shape of the layer without layer numbers; layers of one kind share the basis.
         plain_dtype: dtype of the weight before the conversion.
         transposed: whether the layer was a `Conv1D`.
+        shared: whether other modules have the same weight, so that only its whole gradient can be rotated.
 
     Source: Chekalina et al., EMNLP 2024, arXiv 2410.07383, whose layer stores the rotated weight instead.
     """
@@ -125,6 +126,7 @@ class SparseGradLinear(nn.Linear):
     _folded: torch.Tensor | None = None  # the values that `weight` contains
     _version: int = -1
     block: tuple[int, int] | None = None
+    shared: bool = False
     earlier: list[tuple[FixedSupport, torch.Tensor]]
     threshold: float | None = None
 

@@ -25,7 +25,7 @@ from hf_ft_ext.sparse.arguments import (
     TUCKER,
     SparseTrainingArguments,
 )
-from hf_ft_ext.sparse.basis import GramSums, by_columns, cheaper_rotation
+from hf_ft_ext.sparse.basis import GRADIENT, GramSums, by_columns, cheaper_rotation
 from hf_ft_ext.sparse.fixed import FixedSupport
 from hf_ft_ext.sparse.layer import SparseGradLinear
 from hf_ft_ext.sparse.optimizer.moments import rotate_fixed_moments
@@ -170,8 +170,10 @@ def _fill_random(layers: Mapping[str, SparseGradLinear], seed: int) -> None:
 
 
 def _choose_rotation(layers: Mapping[str, SparseGradLinear], tokens: Mapping[str, float]) -> None:
+    shared = {layer.kind for layer in layers.values() if layer.shared}
     for layer in layers.values():
-        layer.basis.rotates = cheaper_rotation(layer.out_features, layer.in_features, tokens[layer.kind])
+        cheaper = cheaper_rotation(layer.out_features, layer.in_features, tokens[layer.kind])
+        layer.basis.rotates = GRADIENT if layer.kind in shared else cheaper
 
 
 def _choose_entries(trainer: Trainer, layers: Mapping[str, SparseGradLinear], steps: int) -> None:

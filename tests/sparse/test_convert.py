@@ -10,8 +10,9 @@ from peft import LoraConfig, get_peft_model
 from tiny import CONFIGS, tiny_model
 from torch import nn
 
-from hf_ft_ext import InputError, SparseGradLinear, convert_to_sparse, merge_sparse, sparse_layers
+from hf_ft_ext import InputError, SparseGradLinear, convert_to_sparse, merge_sparse, save_delta, sparse_layers
 from hf_ft_ext.sparse.convert import freeze_rest
+from hf_ft_ext.sparse.prepare import _choose_rotation, _fill_random
 from hf_ft_ext.structure.targets import is_plain_linear
 
 INPUTS = {"input_ids": torch.arange(5, 25).view(2, 10)}
@@ -180,7 +181,16 @@ def test_models_with_adapters_are_refused(pattern):
         convert_to_sparse(model, target_modules=pattern)
 
 
-def test_a_tied_weight_trains_by_all_its_gradients_or_is_refused():
+def test_a_module_with_two_names_trains_by_all_its_gradients_or_is_refused():
+    model = nn.ModuleDict({"first": nn.Linear(4, 4)})
+    model["second"] = model["first"]
+    with pytest.raises(InputError, match="first shares its weight with second"):
+        convert_to_sparse(model, target_modules="first", support="static", density=0.5)
+    assert convert_to_sparse(model, target_modules="first", density=0.5)["first"].shared
+    assert model["first"].weight is model["second"].weight
+
+
+def test_a_tied_weight_trains_by_all_its_gradients_or_is_refused(tmp_path):
     """The gradient of dynamic support's entries is that of the head and of the embedding together."""
     batch, plain = other_batch("gpt2"), other_model("gpt2")
     plain(**batch).loss.backward()
@@ -191,6 +201,13 @@ def test_a_tied_weight_trains_by_all_its_gradients_or_is_refused():
     model(**batch).loss.backward()
     assert layer.weight is model.transformer.wte.weight
     torch.testing.assert_close(layer.weight.grad, plain.lm_head.weight.grad, rtol=1e-6, atol=1e-9)
+    _fill_random({"lm_head": layer}, seed=0)
+    _choose_rotation({"lm_head": layer}, {layer.kind: 1})  # so few tokens would be cheaper to rotate
+    model.zero_grad()
+    model(**batch).loss.backward()
+    torch.testing.assert_close(layer.value_gradient(), layer.basis.rotate(plain.lm_head.weight.grad))
+    with pytest.raises(InputError, match="lm_head shares its weight with another module, which a delta cannot hold"):
+        save_delta(model, tmp_path, other_model("gpt2"))
     message = r"lm_head shares its weight with transformer\.wte, so its entries cannot train for this layer alone"
     for support, dtype in (("static", torch.float64), ("structured", torch.float64), ("dynamic", torch.bfloat16)):
         model = other_model("gpt2").to(dtype)

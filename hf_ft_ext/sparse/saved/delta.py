@@ -51,8 +51,9 @@ def save_delta(model: nn.Module, folder: str | os.PathLike, base: nn.Module | No
             entries that left it. With fixed support it is only checked.
 
     Raises:
-        InputError: no converted layers, a basis or support that was not chosen, dynamic support without a base, or
-            a base that differs from the weights that training started from (as far as the model records them).
+        InputError: no converted layers, one with a shared weight, a basis or support that was not chosen, dynamic
+            support without a base, or a base that differs from the weights that training started from (as far as the
+            model records them).
     """
     layers = sparse_layers(model)
     dynamic = {name: layer for name, layer in layers.items() if layer.values is None}
@@ -64,6 +65,10 @@ def save_delta(model: nn.Module, folder: str | os.PathLike, base: nn.Module | No
     if dynamic and base is None:
         raise InputError(
             "dynamic support does not record what it changed: pass base=, the plain model that training started from"
+        )
+    if shared := [name for name, layer in layers.items() if layer.shared]:
+        raise InputError(
+            f"{shared[0]} shares its weight with another module, which a delta cannot hold; save the model"
         )
     hashes = {name: layer.base_hash for name, layer in layers.items() if layer.base_hash is not None}
     if base is not None:

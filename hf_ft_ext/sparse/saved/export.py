@@ -209,6 +209,11 @@ def _trained_modules(model: nn.Module, layers: dict[str, SparseGradLinear]) -> l
             f"the bias of {biases[0]} trained, which a LoRA adapter cannot hold; train with "
             "sparse_train_rest='head', or save the whole model"
         )
+    if around := sorted(name for name in trained if any(layer.startswith(f"{name}.") for layer in layers)):
+        raise InputError(
+            f"a parameter of {around[0]} trained, which has converted layers inside, so a LoRA adapter cannot hold "
+            "it; train with sparse_train_rest='head', or save the whole model"
+        )
     # Parameters without pretrained weights are initialized at random when the base is loaded.
     trained |= {name.rpartition(".")[0] for name in getattr(model, "fresh_parameters", ())} - set(layers)
     trained.update(modules_with_statistics(model))

@@ -54,6 +54,13 @@ def test_refusals(tmp_path):
     trainer.train()
     with pytest.raises(InputError, match="has no structured support, and only that is of low rank"):
         export_lora(trainer.model, tmp_path)
+    trainer = make(tmp_path, sparse_support="structured", sparse_train_rest="head")
+    trainer.train()
+    trainer.model.bert.encoder.layer[0].scale = torch.nn.Parameter(torch.ones(1))  # as in BEiT
+    with pytest.raises(
+        InputError, match=r"a parameter of bert\.encoder\.layer\.0 trained, which has converted layers"
+    ):
+        export_lora(trainer.model, tmp_path)
     trainer = make(tmp_path, sparse_support="structured")
     trainer.train()
     with pytest.raises(InputError, match=r"the bias of .*intermediate\.dense trained.*sparse_train_rest='head'"):
