@@ -59,20 +59,23 @@ def set_base_name_of(config: PeftConfig, base: nn.Module) -> None:
 
 
 def save_configuration(model: PeftModel, folder: str | os.PathLike) -> None:
-    """Write the configuration of the wrapped model, and the index of its base weights, beside a saved adapter.
+    """Write the configuration of the wrapped model, and the index of its base weights, beside each saved adapter.
 
     No index is written if the base's weights are not in local safetensors files (a model built from a configuration,
     or pickled weights). Load such an adapter by `PeftModel.from_pretrained` with the base model.
 
     Args:
-        folder: where `PeftModel.save_pretrained` wrote the adapter.
+        folder: where `PeftModel.save_pretrained` wrote the adapters: `default` in it, others in a folder each.
     """
-    revision = next(iter(model.peft_config.values())).revision
-    save_base_configuration(model.get_base_model(), folder, revision)
+    for name, config in model.peft_config.items():
+        own = Path(folder) if name == "default" else Path(folder) / name
+        save_base_configuration(model.get_base_model(), own, config.revision, name)
 
 
-def save_base_configuration(base: nn.Module, folder: str | os.PathLike, revision: str | None) -> None:
-    """As `save_configuration`, for the base model itself and the `revision` in the adapter's configuration."""
+def save_base_configuration(
+    base: nn.Module, folder: str | os.PathLike, revision: str | None, adapter_name: str = "default"
+) -> None:
+    """As `save_configuration`, for the base model itself and the `revision` in one adapter's configuration."""
     folder = Path(folder)
     config = copy.deepcopy(base.config)
     config.architectures = [type(base).__name__]
@@ -87,7 +90,7 @@ def save_base_configuration(base: nn.Module, folder: str | os.PathLike, revision
         return
     shapes = {key: shape for path in files for key, shape in _shapes(path).items()}
     where = {key: str(path) for path in files for key in _shapes(path)}
-    head = _head(folder / ADAPTER_WEIGHTS, base, shapes)
+    head = _head(folder / ADAPTER_WEIGHTS, base, shapes, adapter_name)
     if head:
         with atomic_write(folder / HEAD_FILE) as temporary:
             save_file(head, temporary, metadata={"format": "pt"})
@@ -149,12 +152,12 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
         return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a mapping)
 
 
-def _head(adapter: Path, base: nn.Module, shapes: dict[str, tuple[int, ...]]) -> dict:
+def _head(adapter: Path, base: nn.Module, shapes: dict[str, tuple[int, ...]], adapter_name: str) -> dict:
     """The fully trained parameters that are missing in the base's files or have another shape there."""
     if not adapter.is_file():
         return {}
     prefix = f"{getattr(base, 'base_model_prefix', '')}."
-    names = {name.replace(".modules_to_save.default.", ".") for name, _ in base.named_parameters()}
+    names = {name.replace(f".modules_to_save.{adapter_name}.", ".") for name, _ in base.named_parameters()}
     head = {}
     with safe_open(adapter, framework="pt") as file:
         for key in file.keys():  # noqa: SIM118 (not a mapping)

@@ -94,7 +94,9 @@ def load_entries(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     with torch.no_grad():
         for name, values in chosen.items():
             weight = parameters[name]
-            weight.view(-1)[tensors[f"indices.{name}"].to(weight.device)] = values.to(weight.device)
+            flat = weight.flatten()  # a copy if the weight is not contiguous
+            flat[tensors[f"indices.{name}"].to(weight.device)] = values.to(weight.device)
+            weight.copy_(flat.view_as(weight))
         for name, tensor in rest.items():
             parameters[name].copy_(tensor)
         load_statistics(model, tensors)

@@ -221,13 +221,13 @@ def _reading_class(kind: type[nn.Module], name: str) -> type[nn.Module]:
 
 
 def _alone(weight: torch.Tensor) -> torch.Tensor:
-    """Return the weight, or a copy if other weights lie in its storage.
+    """Return the weight, or a contiguous copy if other weights lie in its storage or it is not contiguous.
 
     transformers loads GTE and Nomic BERT so, by cutting up stored weights. Such weights count their versions together,
     so autograd would take a change of one for a change of all.
     """
     alone = weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()
-    return weight if alone else weight.clone()
+    return weight if alone and weight.is_contiguous() else weight.clone(memory_format=torch.contiguous_format)
 
 
 def _reduce(module: nn.Module, protocol: int) -> tuple[Any, ...]:

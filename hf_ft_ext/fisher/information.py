@@ -1,6 +1,6 @@
 """The diagonal of the Fisher information: sums over examples of squared or absolute gradients."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -121,6 +121,11 @@ def gradient_sums(
     engine: ExampleGradients | None = None
     found, compared = loss, loss is not None or (labels != TRUE and is_classifier(model))
     for batch in tqdm(dataloader, desc="Fisher information", disable=not progress or _rank() > 0, leave=False):
+        if not isinstance(batch, Mapping):
+            raise InputError(
+                f"a batch is a {type(batch).__name__}, not keyword arguments of the model; pass mappings from names "
+                "to tensors"
+            )
         batch = {key: v.to(device) if isinstance(v, torch.Tensor) else v for key, v in batch.items()}
         _check_batch(model, batch, labels, loss)
         if not compared:

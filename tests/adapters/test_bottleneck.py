@@ -4,11 +4,17 @@ import pytest
 import torch
 from classifiers import classifier_rows, tiny_classifier
 from peft import get_peft_model, inject_adapter_in_model
-from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+)
 from zoo import inputs, logits, small
 
 from hf_ft_ext import BottleneckConfig
 from hf_ft_ext.adapters.bottleneck.layer import BottleneckLayer
+from hf_ft_ext.adapters.bottleneck.model import default_targets
 from hf_ft_ext.errors import InputError
 
 
@@ -189,6 +195,14 @@ def test_places_by_structure(kind):
             torch.nn.init.normal_(layer.bottleneck_down["default"].weight)
             torch.nn.init.normal_(layer.bottleneck_up["default"].weight)
         assert not torch.allclose(wrapped(**rows).logits, before, atol=1e-4)
+
+
+def test_experts_inside_of_a_larger_block_get_no_adapter_of_their_own():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "intermediate_size_mlp": 48, "head_dim": 8}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 2}
+    config = AutoConfig.for_model("llama4_text", vocab_size=45, max_position_embeddings=64, pad_token_id=0, **sizes)
+    model = AutoModelForCausalLM.from_config(config)
+    assert default_targets(model, "houlsby") == ["feed_forward", "self_attn.o_proj"]  # not feed_forward.experts
 
 
 @pytest.mark.parametrize("placement", ["pfeiffer", "houlsby", "parallel"])

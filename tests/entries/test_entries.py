@@ -126,6 +126,22 @@ def test_weights_cut_from_one_stored_weight_train():
     torch.testing.assert_close(torch.stack([merge_entries(model)[i].weight for i in range(2)]), expected)
 
 
+def test_weights_that_are_not_contiguous_train_and_load(tmp_path):
+    weight = torch.randn(6, 4).T
+    models = [nn.Sequential(nn.Linear(6, 4, bias=False)) for _ in range(2)]
+    for model in models:
+        model[0].weight = nn.Parameter(weight.clone())
+    attach_entries(models[0], {"0.weight": torch.arange(3)})
+    optimizer = torch.optim.SGD(models[0].parameters(), lr=0.1)
+    models[0](torch.ones(2, 6)).sum().backward()
+    optimizer.step()
+    expected = weight.clone()
+    expected[0, :3] -= 0.2
+    save_entries(models[0], tmp_path)
+    torch.testing.assert_close(models[0][0].weight.detach(), expected)
+    torch.testing.assert_close(load_entries(models[1], tmp_path)[0].weight.detach(), expected)
+
+
 def test_the_order_of_the_parameters_is_the_model_s():
     orders = []
     for names in (list(CHOSEN), list(reversed(CHOSEN))):

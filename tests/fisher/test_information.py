@@ -229,6 +229,7 @@ def test_user_loss_and_totals():
         ({"parameters": []}, "no parameter requires gradients"),
         ({"labels": "expected", "loss": lambda o, b: o.logits[:, 0]}, "needs the model's distribution of labels"),
         ({"dataloader": []}, "the data loader gave no batch"),
+        ({"dataloader": [(1, 2)]}, "a batch is a tuple, not keyword arguments of the model"),
         ({"dataloader": rows()[0]}, r"dataloader is a single batch, .* pass \[batch\]"),
         (
             {"dataloader": [{**rows()[0], "input_ids": rows()[0]["input_ids"].float()}]},

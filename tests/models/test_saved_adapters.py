@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import AutoPeftModelForSequenceClassification, PeftModel
+from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel, get_peft_model
 from tiny import SPECIAL, tiny_dataset, tiny_masked_lm, tiny_model
 from transformers import AutoConfig, AutoModelForSequenceClassification, pipeline
 
@@ -53,7 +53,22 @@ METHODS = {
                       {"sparse_support": "structured", "sparse_train_rest": "head"}),
 }  # fmt: skip
 BASES = ["fresh", "size", "names"]
+RESIZED = {"ignore_mismatched_sizes": True}
 ROUTES = ["auto", "auto_peft", "pipeline", "printed"]
+
+
+def test_an_adapter_of_another_name_loads_from_the_folder_of_its_name(tmp_path):
+    """In the folder around it, the configuration alone would load the base model."""
+    tiny_model().save_pretrained(tmp_path / "base")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3, **RESIZED)
+    model = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", init_lora_weights=False), adapter_name="mine")
+    trainer = FullTrainer(model, FullTrainingArguments(str(tmp_path / "out")))
+    trainer.save_model()
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "mine").eval()
+    ids = torch.arange(5, 15)[None]
+    assert torch.equal(loaded(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+    with pytest.raises(ValueError, match="Unrecognized model"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
 
 
 def base_folder(folder, kind: str, tokenizer) -> str:

@@ -82,7 +82,9 @@ def _targets_in_layer(layer: Layer, placement: str, modules: dict[str, nn.Module
         chosen = next((name for name in choices if name is not None and _can_get_adapter(name, modules)), None)
         if chosen is None:
             return []
-        names.append(chosen)
+        # Experts may be inside of the module of another block, which adds a shared expert (Llama 4).
+        around = (b.module for b in layer.feed_forwards if b.module is not None and chosen.startswith(f"{b.module}."))
+        names.append(next(around, chosen))
     return list(dict.fromkeys(names))
 
 
