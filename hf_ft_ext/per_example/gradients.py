@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -103,6 +103,10 @@ class ExampleGradients:
         self.wide_trial, self.mixing = wide_trial, mixing
         self._hooked_modules: list[HookedModule] = []
         self._shortcuts = Shortcuts(skip_zero_gradients=not one_by_one)
+        self._compared = not one_by_one
+        # what the trials found, by the kind of rows; the last one is in use
+        self._trials: dict[Any, tuple[list[HookedModule], Shortcuts, list[str] | None]] = {}
+        self._kind: Any = None
         self.uncovered: list[str] | None = list(chosen) if one_by_one else None
 
     # --- gradients ----------------------------------------------------------------------------------
@@ -202,26 +206,35 @@ class ExampleGradients:
     # --- the trial on a few rows --------------------------------------------------------------------
 
     def prepare(self, batch: Batch) -> None:
-        """Verify the rules on two rows of `batch`. The first batch does this unless it was done before.
+        """Verify the rules on two rows of `batch`, unless it was done with rows of this kind before.
+
+        Rows of another kind have other inputs, or inputs of another number of axes: a prompt model takes one context
+        or several. The model may process them in another layout.
 
         Raises:
             InputError: the model draws random numbers in evaluation mode, mixes the examples of a batch, or does not
                 give finite scalars.
         """
-        if self.uncovered is not None:
+        kind = frozenset((name, value.ndim) for name, value in batch.items() if isinstance(value, torch.Tensor))
+        if not self._compared or kind == self._kind:
             return
-        few = _two_rows(batch)
-        trial = self._run_trial(few)
+        known = self._trials.get(kind) or self._tried(batch)
+        if self._kind is not None:
+            self._trials[self._kind] = self._hooked_modules, self._shortcuts, self.uncovered
+        self._kind = kind
+        self._hooked_modules, self._shortcuts, self.uncovered = known
+
+    def _tried(self, batch: Batch) -> tuple[list[HookedModule], Shortcuts, list[str]]:
+        """The modules with rules, the shortcuts and the uncovered parameters that a trial on two rows finds."""
+        trial = self._run_trial(_two_rows(batch))
         if trial.uncovered is None and self.mixing == "refuse":
             raise InputError(self._mixing_message())
-        self._hooked_modules, self._shortcuts = trial.hooked_modules, trial.shortcuts
-        self.uncovered = list(self.parameters) if trial.uncovered is None else trial.uncovered
-        if self.uncovered:
+        uncovered = list(self.parameters) if trial.uncovered is None else trial.uncovered
+        if uncovered:
             logger.info(
-                "no rule covers %d parameters (%s, ...): examples run one by one",
-                len(self.uncovered),
-                self.uncovered[0],
+                "no rule covers %d parameters (%s, ...): examples run one by one", len(uncovered), uncovered[0]
             )
+        return trial.hooked_modules, trial.shortcuts, uncovered
 
     def _run_trial(self, few: Batch) -> Trial:
         """Run the trial on shortened inputs, or on full ones if the model or the function fails on short ones."""
@@ -260,18 +273,6 @@ class ExampleGradients:
             f"the outputs of an example depend on the other examples of its batch{named}: per-example gradients are "
             "not defined; remove such modules or freeze their statistics"
         )
-
-
-def trimmed(batch: Batch) -> dict[str, torch.Tensor]:
-    """`batch` without the columns at its right end that are padding in every row.
-
-    Every input of the attention mask's shape `[n, tokens]` is cut.
-    """
-    mask = batch.get("attention_mask")
-    if mask is None or mask.ndim != 2 or not mask.any():
-        return dict(batch)
-    keep = int(mask.any(0).nonzero().max()) + 1
-    return {key: value[:, :keep] if value.shape[:2] == mask.shape else value for key, value in batch.items()}
 
 
 class _Collected:

@@ -16,9 +16,9 @@ from peft import (
     get_peft_model,
 )
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, BertConfig, BertForMaskedLM
 
-from hf_ft_ext import empirical_ntk
+from hf_ft_ext import empirical_ntk, example_gradients
 from hf_ft_ext.kernel.engines import contraction as contract
 from hf_ft_ext.kernel.engines import packed
 from hf_ft_ext.kernel.formulas import Formula, sign_product, sign_scale, signs
@@ -179,6 +179,26 @@ def test_products_of_all_examples_at_once_as_on_an_accelerator(model_type, formu
     monkeypatch.setattr(contract.Contraction, "add_linear", bounded)
     found = computation.run(ExampleRows(FEW_LEFT), ExampleRows(FEW_RIGHT))
     assert_near(found if len(found) == 2 else found[0], expected, formula)
+
+
+def test_decoder_inputs_as_long_as_the_encoders_are_not_cut():
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8, "d_model": 8}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    sizes |= {"vocab_size": 20, "max_position_embeddings": 12}
+    config = AutoConfig.for_model("bart", **sizes, **heads, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    model = AutoModelForSeq2SeqLM.from_config(config).double()
+    generator = torch.Generator().manual_seed(0)
+    ids, decoder = torch.randint(3, 20, (2, 3, 6), generator=generator)
+    mask = torch.arange(6) < torch.tensor([[4], [3], [5]])
+    batch = {"input_ids": ids * mask, "attention_mask": mask.long(), "decoder_input_ids": decoder}
+
+    def score(model, batch):
+        return model(**batch).logits.log_softmax(-1)[..., 5].sum(1)
+
+    gradients = [g.flatten(1) for g in next(example_gradients(model, batch, score)).gradients.values()]
+    expected = torch.cat(gradients, 1) @ torch.cat(gradients, 1).T
+    found = empirical_ntk(model, batch, function=score)[:, 0, :, 0]
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_cheaper_contraction_is_chosen():

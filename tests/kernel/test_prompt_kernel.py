@@ -85,6 +85,22 @@ def test_rows_of_several_contexts():
     torch.testing.assert_close(found, mean, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("engine", ["auto", "jacobian"])
+def test_training_rows_have_one_context_and_rows_to_evaluate_several(engine):
+    """As with demonstrations: collated batches are of several lengths, and rows of different batches run together."""
+    model = prompt_model()
+    train, rows, cut = encoded(4, 1), encoded(6, 0), (8, 7, 9)
+    single = empirical_ntk(model, train, rows, engine="jacobian").view(4, 2, 3, 2, 2).mean(3)
+    batches = []
+    for i, length in enumerate(cut):
+        pair = {key: value[2 * i : 2 * i + 2] for key, value in rows.items()}
+        length = max(length, int(pair["attention_mask"].sum(1).max()))
+        batches.append({key: value[None, :, :length] for key, value in pair.items()})
+    for size in (1, 2, 4):
+        found = empirical_ntk(model, train, batches, engine=engine, batch_size=size)
+        torch.testing.assert_close(found, single, rtol=1e-7, atol=1e-9)
+
+
 @pytest.fixture
 def launch(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import BertConfig, BertForMaskedLM
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.per_example.gradients import ExampleGradients, trimmed
+from hf_ft_ext.per_example.gradients import ExampleGradients
 from hf_ft_ext.per_example.rules import find_rule
 
 
@@ -274,15 +274,3 @@ def test_other_positions_read_from_the_second_batch_on_are_computed():
         for name in names:
             torch.testing.assert_close(ours[name], theirs[name], rtol=1e-9, atol=1e-12)
     assert 1 in seen
-
-
-def test_padding_is_cut_at_the_right_end_only():
-    inputs = {
-        "input_ids": torch.arange(12).view(2, 6),
-        "attention_mask": torch.tensor([[0, 1, 1, 0, 0, 0], [0, 0, 1, 1, 0, 0]]),
-        "labels": torch.tensor([0, 1]),
-    }
-    cut = trimmed(inputs)
-    assert cut["input_ids"].tolist() == [[0, 1, 2, 3], [6, 7, 8, 9]] and cut["attention_mask"].shape == (2, 4)
-    assert cut["labels"] is inputs["labels"]
-    assert trimmed({"input_ids": inputs["input_ids"]})["input_ids"].shape == (2, 6)
