@@ -17,12 +17,17 @@ _KEYS = ("shift_labels", "labels")
 
 
 def predicts_next_tokens(model: nn.Module) -> bool:
-    """Whether the loss is that of a causal language model, which does not predict the first label of a row."""
+    """Whether the loss is that of a causal language model, which does not predict the first label of a row.
+
+    A subclass of a transformers class predicts as that class does.
+    """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
         return False
-    name = type(inner).__name__
-    return name not in _NOT_SHIFTED and (name.endswith(("ForCausalLM", "LMHeadModel")) or name in _causal_classes())
+    names, known = [kind.__name__ for kind in type(inner).__mro__], _causal_classes()
+    if any(name in _NOT_SHIFTED for name in names):
+        return False
+    return any(name.endswith(("ForCausalLM", "LMHeadModel")) or name in known for name in names)
 
 
 def _causal_classes() -> set[str]:

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -255,8 +255,7 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
                 function = objective_of_arguments(self.args, config)
                 check_labels(config, *labels_of(batches))
             full = objective_of_logits(self.model, function, batches, self._row_losses())
-        # A user's loss, or a model such as a masked autoencoder, may draw at random in evaluation mode too.
-        full.value = with_same_draws(full.value, self.state.global_step + self.args.seed)
+        full.value = self._same_draws(full.value)
         # The same dropout mask for all candidates, so they run one by one, not as rows of one forward pass.
         return FullObjective(full.value) if self.args.search_dropout else full
 
@@ -284,8 +283,12 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
 
     def _objective_function(self) -> Objective:
         if self.objective is not None:
-            return from_user_function(self.objective)
+            return from_user_function(lambda *both: self._same_draws(functools.partial(self.objective, *both))())
         return objective_of_arguments(self.args, self._inner().config)
+
+    def _same_draws(self, evaluate: Callable[[], Any]) -> Callable[[], Any]:
+        """`evaluate` with the same random numbers for all candidates of a step, where the model or a loss draws."""
+        return with_same_draws(evaluate, self.state.global_step + self.args.seed)
 
     # --- features ----------------------------------------------------------------------------------
 

@@ -111,10 +111,10 @@ class DenseSearch:
                 self.m[i] = 0.9 * self.m[i] + 0.1 * g
                 self.v[i] = 0.999 * self.v[i] + 0.001 * g * g
                 change = self.m[i] / (1 - 0.9**self.t) / ((self.v[i] / (1 - 0.999**self.t)).sqrt() + 1e-8)
-            p.mul_(kept[i]).sub_(rates[i] * change)
+            p.mul_(kept[i]).sub_(rates[i] * change * shrunk[i])
 
     def _shrunk(self):
-        """1 for the entries that weight decay shrinks, 0 for the others: with `small`, the smallest at the start."""
+        """1 for the entries that a step changes, 0 for others: with `small`, those up to the threshold at first."""
         if (share := self.directions.small) is None:
             return self._each(1.0)
         sorted_starts = [start.abs().flatten().sort().values for start in self.start]

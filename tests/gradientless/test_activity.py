@@ -8,6 +8,7 @@ import pytest
 import torch
 from activity_models import IDS, MASK, Passes, problem, searched_layers
 from heads import make, weights
+from peft import PromptTuningConfig, get_peft_model
 from prompt_models import prompt_model
 from tiny import tiny_dataset, tiny_model, tiny_tokenizer
 from transformers import (
@@ -326,6 +327,19 @@ def test_a_language_model_with_a_loss_of_its_own_is_refused(tmp_path):
     GradientlessTrainer(GPT2LMHeadModel(LANGUAGE), arguments, train_dataset=rows).train()
     with pytest.raises(InputError, match="search_method=activity needs the loss of each row, and this loss is known"):
         GradientlessTrainer(OwnLMHeadModel(LANGUAGE), arguments, train_dataset=rows).train()
+
+
+def test_prompt_tuning_of_a_language_model_is_searched(tmp_path):
+    """The logits are of more tokens than the labels."""
+    rows = [{"input_ids": row, "attention_mask": mask, "labels": row} for row, mask in zip(IDS, MASK, strict=True)]
+    arguments = GradientlessTrainingArguments(
+        str(tmp_path), search_method="activity", max_steps=1, report_to=[], use_cpu=True
+    )
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = get_peft_model(GPT2LMHeadModel(LANGUAGE), config)
+    before = model.prompt_encoder.default.embedding.weight.clone()
+    GradientlessTrainer(model, arguments, train_dataset=rows).train()
+    assert not torch.equal(before, model.prompt_encoder.default.embedding.weight)
 
 
 def test_a_step_of_too_many_evaluations_and_a_trajectory_are_refused(tmp_path):

@@ -1,12 +1,14 @@
 """DirectSearch against a plain, slow form of the same method, and its state across saving."""
 
 import io
+import itertools
 import math
 
 import pytest
 import torch
 from torch import nn
 
+from hf_ft_ext import SPSA
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.gradientless.optimizers.direct_search import DirectSearch
 from hf_ft_ext.gradientless.optimizers.selection import random_subset
@@ -238,6 +240,29 @@ def test_a_loaded_state_continues_bit_for_bit(options, pool):
     assert resumed.steps == 13 and resumed.evaluations == optimizer.evaluations
 
 
+def test_a_step_that_fails_counts_for_no_tensor():
+    """The entries are selected in every third step, also where a step failed after the first tensors."""
+    model, chosen = net(), []
+    optimizer = DirectSearch(model.parameters(), lr=0.1, sampling_size=4, sampling_steps=3)
+    for number, (x, y) in enumerate(batches(9)):
+        loss = closure_of(model, x, y)
+        calls = iter(range(1000))
+
+        def failing(loss=loss, calls=calls):
+            if next(calls) == 12:
+                raise RuntimeError("out of memory")
+            return loss()
+
+        if number == 4:
+            with pytest.raises(RuntimeError):
+                optimizer.step_ahead(failing)
+        optimizer.step(loss)
+        chosen.append([block.views[0].indices for block in optimizer.blocks])
+    for block in (0, 2):  # the weights; the biases are searched in full
+        renewed = [not torch.equal(a[block], b[block]) for a, b in itertools.pairwise(chosen)]
+        assert renewed == [i % 3 == 2 for i in range(8)]
+
+
 def test_pool_spreads_one_choice_over_all_tensors():
     model = net()
     optimizer = DirectSearch(model.parameters(), lr=0.1, pool=True, sampling_size=20)
@@ -374,6 +399,12 @@ def test_other_bad_input(caplog):
     with pytest.raises(InputError, match=r"a tensor of shape \(5, 8\) .* pass contiguous"):
         DirectSearch([model[0].weight.detach().T])
     two = DirectSearch(model.parameters())
+    for search in (two, SPSA(model.parameters(), model)):
+        with pytest.raises(InputError, match="pass all groups to its constructor instead of add_param_group"):
+            search.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    for options in ("00x1", 3):
+        with pytest.raises(InputError, match="options must be 'none' or options per level x levels"):
+            DirectSearch(model.parameters(), options=options)
     with pytest.raises(ValueError, match="the state has 1 parameter blocks, this optimizer has 4"):
         state = DirectSearch([model[0].bias]).state_dict()
         state["param_groups"] = two.state_dict()["param_groups"]

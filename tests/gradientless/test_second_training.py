@@ -20,11 +20,12 @@ BEST = {
 }  # fmt: skip
 
 
-def make(folder, kind=GradientlessTrainer, model=None, **values):
+def make(folder, kind=GradientlessTrainer, model=None, objective=None, **values):
     values = {"search_method": "spsa", "learning_rate": 1e-3, "max_steps": 4, **QUIET, **values}
     args = GradientlessTrainingArguments(str(folder), per_device_train_batch_size=8, **values)
     data = {"train_dataset": tiny_dataset(32), "eval_dataset": tiny_dataset(8, seed=5)}
-    return kind(tiny_model() if model is None else model, args, processing_class=tiny_tokenizer(), **data)
+    model = tiny_model() if model is None else model
+    return kind(model, args, processing_class=tiny_tokenizer(), objective=objective, **data)
 
 
 class Watched(GradientlessTrainer):
@@ -113,3 +114,30 @@ def test_candidates_are_compared_by_the_same_random_numbers(tmp_path, method):
         found[name] = trainer.model.state_dict()
     for name in DRAWS:
         assert_close(found[name], found["none"], rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("method", ["gld", "spsa"])
+def test_an_objective_that_draws_compares_candidates_by_the_same_numbers(tmp_path, method):
+    found = {}
+    for name, draw in {"none": lambda: 0.0, **DRAWS}.items():
+
+        def objective(logits, labels, draw=draw):
+            return torch.nn.functional.cross_entropy(logits, labels) + draw()
+
+        trainer = make(tmp_path, search_method=method, max_steps=2, objective=objective)
+        trainer.train()
+        found[name] = trainer.model.state_dict()
+    for name in DRAWS:
+        assert_close(found[name], found["none"], rtol=0, atol=1e-5, msg=name)
+
+
+def test_cached_features_have_the_labels_of_the_collator(tmp_path):
+    """transformers' collator takes the column `label` where there are both."""
+    ends = []
+    for cache in (0, 1):
+        trainer = make(tmp_path, feature_cache_gb=cache)
+        rows = trainer.train_dataset
+        trainer.train_dataset = rows.add_column("label", [1 - label for label in rows["labels"]])
+        trainer.train()
+        ends.append(trainer.model.state_dict())
+    assert_close(ends[0], ends[1])

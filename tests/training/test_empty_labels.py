@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import transformers
 from decoders import decoder
 from peft import get_peft_model
 from torch.nn import functional
@@ -240,3 +241,13 @@ def test_who_predicts_next_tokens():
     assert [predicts_next_tokens(decoder(family, 64)) for family in FAMILIES] == [True, True, False]
     assert predicts_next_tokens(made("Gemma3ForConditionalGeneration"))  # AutoModelForCausalLM loads it
     assert not predicts_next_tokens(made("XLNetLMHeadModel")) and not predicts_next_tokens(made("BertModel"))
+
+
+@pytest.mark.parametrize(("base", "shifted"), [("GPT2LMHeadModel", True), ("XLNetLMHeadModel", False)])
+def test_a_subclass_predicts_as_its_class(base, shifted):
+    kind = getattr(transformers, base)
+    config = {"n_embd": 8, "n_head": 2, "d_model": 8, "d_inner": 8, "vocab_size": 10, "n_layer": 1}
+    config |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    names = config.keys() & vars(kind.config_class()).keys()
+    model = type("Mine", (kind,), {})(kind.config_class(**{name: config[name] for name in names}))
+    assert predicts_next_tokens(model) is shifted

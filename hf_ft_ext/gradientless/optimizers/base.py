@@ -36,8 +36,11 @@ class GradientFreeOptimizer(CopyableOptimizer):
         exchange: how several processes share the work (see `exchange`).
     """
 
+    _has_groups = False
+
     def __init__(self, params, defaults: dict, seed: int = 0, offloaded: Mapping[int, StoredTensor] | None = None):
         super().__init__(params, defaults)
+        self._has_groups = True
         self.generator = torch.Generator().manual_seed(seed)
         self.steps = self.evaluations = self.rejected = 0
         self.exchange = SingleProcess()
@@ -62,6 +65,19 @@ class GradientFreeOptimizer(CopyableOptimizer):
                         f"a tensor of shape {tuple(parameter.shape)} and type {parameter.dtype} cannot be searched; "
                         "pass contiguous floating-point parameters"
                     )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch, while the optimizer is made; a search is set up for the tensors that it has then.
+
+        Raises:
+            InputError: a call after that.
+        """
+        if self._has_groups:
+            raise InputError(
+                f"{type(self).__name__} searches the parameters that it was made with; pass all groups to its "
+                "constructor instead of add_param_group"
+            )
+        super().add_param_group(param_group)
 
     def step_ahead(self, closure: Closure, evaluate: Callable | None = None) -> float:
         """Take the step now, so that the next `step()` without a closure does nothing; return the step's result.

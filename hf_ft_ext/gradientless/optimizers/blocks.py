@@ -21,7 +21,6 @@ class ParameterBlock:
         views: the entries that candidates may change: those that get noise, and those that kept options change.
         positions: the entries of `views` that get noise in this step; `None` = all.
         tree: the tree of options; `None` without options.
-        age: number of steps of this block.
     """
 
     def __init__(self, parameters: list[torch.Tensor], group: dict):
@@ -29,7 +28,6 @@ class ParameterBlock:
         self.views = [IndexView(parameter, None) for parameter in parameters]
         self.positions: torch.Tensor | None = None
         self.tree: OptionTree | None = None
-        self.age = 0
         self.device = parameters[0].device
         # `write_views` rounds each tensor's part to its own type
         self.dtype = functools.reduce(torch.promote_types, (parameter.dtype for parameter in parameters))
@@ -38,9 +36,13 @@ class ParameterBlock:
 
     # --- entries -----------------------------------------------------------------------------------
 
-    def renew(self, generator: torch.Generator, importance) -> None:
-        """Select new entries every `sampling_steps` steps; entries that options change stay in `views`."""
-        if self.age % self.group["sampling_steps"] == 0:
+    def renew(self, step: int, generator: torch.Generator, importance) -> None:
+        """Select new entries every `sampling_steps` steps; entries that options change stay in `views`.
+
+        Args:
+            step: number of steps before this one.
+        """
+        if step % self.group["sampling_steps"] == 0:
             group = self.group
             chosen = select_indices(self.parameters, group["sampling_size"], group["selection"], generator, importance)
             if chosen is None:
@@ -50,7 +52,6 @@ class ParameterBlock:
                 self._set_views(chosen)
             else:
                 self._add_to_views(self.tree, chosen)
-        self.age += 1
 
     def _set_views(self, chosen: torch.Tensor) -> None:
         """Set `views` from ascending positions in the concatenation of all tensors."""
@@ -156,9 +157,8 @@ class ParameterBlock:
     # --- state -------------------------------------------------------------------------------------
 
     def state(self) -> dict:
-        """Everything that the next step depends on: age, entries, and the tree of options."""
+        """Everything that the next step depends on besides the number of steps: entries, and the tree of options."""
         return {
-            "age": self.age,
             "entries": None if all(view.indices is None for view in self.views) else self._flat_positions(),
             "positions": self.positions,
             "tree": None if self.tree is None else self.tree.state(),
@@ -166,7 +166,6 @@ class ParameterBlock:
 
     def load(self, state: dict) -> None:
         """Load what `state` returned."""
-        self.age = state["age"]
         if state["entries"] is not None:
             self._set_views(state["entries"].to(self.device))
         self.positions = None if state["positions"] is None else state["positions"].to(self.device)

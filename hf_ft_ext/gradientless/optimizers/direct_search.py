@@ -142,7 +142,7 @@ class DirectSearch(GradientFreeOptimizer):
         Returns:
             The loss after the search of this block; `None` if unknown.
         """
-        block.renew(self.generator, getattr(evaluate, "importance", None))
+        block.renew(self.steps - 1, self.generator, getattr(evaluate, "importance", None))
         block.ensure_tree(sum(view.size for view in block.views))
         candidates = block.candidates(self._draw_seed(), with_current=loss is None)
         losses = self._evaluate(evaluate, block, candidates)

@@ -18,9 +18,9 @@ def parse_options(text: str | tuple[int, int] | None) -> tuple[int, int] | None:
     if text is None or text == NONE:
         return None
     if not isinstance(text, str):
-        text = "x".join(map(str, text))
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
-    if match is None or "0" in match.groups():
+        text = "x".join(map(str, text if isinstance(text, tuple | list) else [text]))
+    match = re.fullmatch("([1-9][0-9]*)x([1-9][0-9]*)", text)
+    if match is None:
         raise InputError(f"options must be 'none' or options per level x levels, such as '3x2', got {text!r}")
     return int(match[1]), int(match[2])
 

@@ -264,7 +264,7 @@ class SPSA(GradientFreeOptimizer):
             with self.perturbed_forward(*combinations):
                 losses = repeated(len(combinations))
             if losses is None:
-                raise PerturbationsCannotBatch("the objective is defined for whole batches only")
+                raise PerturbationsCannotBatch("the evaluation takes one at a time")
             losses = losses.double().cpu()
             if not self.checked:
                 self._check_batching(combinations, closure, losses)

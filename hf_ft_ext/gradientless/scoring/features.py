@@ -10,6 +10,7 @@ from transformers import Trainer
 from hf_ft_ext.features import HeadReader
 from hf_ft_ext.features.cache import cached_features, feature_bytes
 from hf_ft_ext.features.rows import (
+    LABELS,
     data_and_collator,
     inputs_of,
     labels_of,
@@ -17,6 +18,7 @@ from hf_ft_ext.features.rows import (
     only_pads,
     read_in_order,
     sample_rows,
+    stacked_labels,
 )
 from hf_ft_ext.gradientless.scoring.objectives import check_labels
 from hf_ft_ext.gradientless.scoring.rows import FeatureRows
@@ -58,9 +60,14 @@ def returns_rows_unchanged(trainer: Trainer) -> bool:
         name = getattr(trainer.data_collator, "__name__", type(trainer.data_collator).__name__)
         logger.info("data_collator %s may change rows from batch to batch: the encoder runs in every step", name)
         return False
-    dataset, _ = data_and_collator(trainer, trainer.train_dataset)
+    dataset, collate = data_and_collator(trainer, trainer.train_dataset)
     with generators_kept():
-        twice = zip(sample_rows(dataset), sample_rows(dataset), strict=True)
+        rows = sample_rows(dataset)
+        twice, batch = zip(rows, sample_rows(dataset), strict=True), collate(rows)
+    own = [row.get(LABELS, row.get("label")) for row in rows]
+    if LABELS in batch and None not in own and not torch.equal(batch[LABELS].double(), stacked_labels(own).double()):
+        logger.info("the collator takes other labels than the column %s: the encoder runs in every step", LABELS)
+        return False
     if not all(_equal(row, again) for row, again in twice):
         logger.info("the training data gives other rows each time: the encoder runs in every step")
         return False

@@ -177,6 +177,7 @@ def language_row_losses(model: nn.Module, inputs: Mapping[str, Any], labels: tor
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     logits = model(**inputs).logits
+    labels = _behind_virtual_tokens(labels, logits)
     counts = [label_count({"labels": row[None]}, True) for row in labels]
     losses = logits.new_zeros(len(labels), dtype=torch.float64)
     for i, count in enumerate(counts):
@@ -184,6 +185,11 @@ def language_row_losses(model: nn.Module, inputs: Mapping[str, Any], labels: tor
             one = inner.loss_function(logits[i : i + 1], labels[i : i + 1], vocab_size=logits.shape[-1])
             losses[i] = one.double() * count * len(labels) / sum(counts)
     return losses
+
+
+def _behind_virtual_tokens(labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Labels of as many tokens as the logits: those of virtual tokens before a row (prompt tuning) are ignored."""
+    return functional.pad(labels, (logits.shape[1] - labels.shape[1], 0), value=IGNORED)
 
 
 def repeat(batch: Batch, n: int) -> dict[str, Any]:

@@ -119,7 +119,10 @@ class WeightUpdates:
                 gradient = self.perturbed_forward.dense(parameter.view(-1)[part], number, combination, part)
             if decay != 1:  # decoupled weight decay, of entries that may change: theta *= 1 - lr * weight_decay
                 exact[... if movable is None else movable] *= decay
+            before = exact.clone() if directions.moving_mask and buffers else None
             self.rule.apply(exact, gradient, lr, own_step, [buffer[part] for buffer in buffers])
+            if before is not None and movable is not None:  # moments remember entries that have left the mask
+                exact.copy_(torch.where(movable, exact, before))
             self.rounding.store(parameter, number, part, exact, derived_seed(seed, 0, part.start) ^ 1)
 
     def _replayed(self, scale: float, own_step: int) -> Iterable[tuple[Draw, float]]:
