@@ -32,6 +32,8 @@ def sequence_logits(model: Any, inputs: dict[str, Any], options: torch.Tensor | 
     else:
         wide_ids, wide_mask, positions = rows_with_words(ids, inputs.pop("attention_mask", None), words)
         inputs.pop("position_ids", None)  # they are recomputed with the words
+        if "token_type_ids" in inputs:
+            inputs["token_type_ids"] = _types_with_words(inputs["token_type_ids"], positions)
         model._positions = positions
         try:
             outputs = model.masked_lm(
@@ -82,6 +84,21 @@ def rows_with_words(
         wide_ids = wide_ids.scatter(2, where, fed.clamp(min=0))
         wide_mask = wide_mask.scatter(2, where, real)
     return wide_ids.flatten(0, 1), wide_mask.flatten(0, 1), positions.flatten(0, 1)
+
+
+def _types_with_words(types: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Token types `[rows x words, length + longest - 1]`: a word has the type of the row's last token.
+
+    Args:
+        types: `[rows, length]`.
+        positions: as `rows_with_words` returns them.
+    """
+    longest = positions.shape[1]
+    repeated = types.repeat_interleave(len(positions) // len(types), 0)
+    wide_types = torch.nn.functional.pad(repeated, (0, longest - 1))
+    last = positions[:, :1]
+    behind = torch.arange(wide_types.shape[1], device=types.device) > last
+    return torch.where(behind, wide_types.gather(1, last), wide_types)
 
 
 def sequence_scores(logits: torch.Tensor, words: torch.Tensor, mean: bool) -> torch.Tensor:

@@ -10,6 +10,7 @@ from hf_ft_ext.demo.encoder import demo_encoder
 from hf_ft_ext.errors import InputError, first_line
 
 _BATCH = 64
+_LENGTH = 512  # tokens of a text, for models without a number of positions
 
 
 def similarities(model: str | None, texts: list[str], others: list[str]) -> np.ndarray:
@@ -27,10 +28,26 @@ def similarities(model: str | None, texts: list[str], others: list[str]) -> np.n
 @torch.no_grad()
 def embeddings(model: str | None, texts: tuple[str, ...]) -> np.ndarray:
     """Return normalised mean-pooled last hidden states: `[texts, hidden]`, float32."""
-    tokenizer, encoder = _encoder(model)
+    try:
+        return _pooled(*_encoder(model), texts)
+    except (AttributeError, IndexError, OverflowError, RuntimeError, TypeError) as error:
+        raise _unusable(model, error) from error
+    except ValueError as error:
+        raise error if isinstance(error, InputError) else _unusable(model, error) from error
+
+
+def _unusable(model: str | None, error: Exception) -> InputError:
+    return InputError(
+        f"demo_filter_model={model!r} gives no hidden states of texts ({first_line(error)}); pass an encoder, such as "
+        "a sentence-transformers model"
+    )
+
+
+def _pooled(tokenizer, encoder, texts: tuple[str, ...]) -> np.ndarray:
+    positions = getattr(encoder.config, "max_position_embeddings", None) or 0
+    limit = min(tokenizer.model_max_length, positions if positions > 0 else _LENGTH)
     parts = []
     for start in range(0, len(texts), _BATCH):
-        limit = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
         batch = tokenizer(
             list(texts[start : start + _BATCH]), padding=True, truncation=True, max_length=limit, return_tensors="pt"
         )

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from kernel_runs import SETTINGS, make, run
+from peft import LoraConfig, get_peft_model
 from processes import two_ranks
 from tiny import tiny_dataset, tiny_model, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
@@ -120,6 +121,12 @@ def test_three_classes_and_scores_and_random_weights_and_adapters(tmp_path):
     for name, p in trainer.model.named_parameters():
         assert torch.equal(p, same.model.get_parameter(name))
     assert not torch.equal(trainer.model.classifier.weight, trained.classifier.weight)
+    trained.bert.embeddings.requires_grad_(False)
+    frozen = make(tmp_path / "random", trained, random_model_init=True).trained_weights()
+    assert not any("embeddings" in weight.name for weight in frozen) and len(frozen) > 10
+    adapted = get_peft_model(tiny_model(), LoraConfig(target_modules=["query"]))
+    with pytest.raises(InputError, match="random_model_init makes the model anew, without its adapters"):
+        make(tmp_path / "random", adapted, random_model_init=True)
 
     trainer = make(tmp_path / "lora", kernel_peft="lora", kernel_peft_config='{"r": 2, "target_modules": ["query"]}')
     trainer.train()

@@ -131,6 +131,23 @@ def test_logits_are_those_of_the_language_model_row_by_row(family, scoring, side
         assert found.tolist() == pytest.approx(scores, abs=1e-5)
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+@torch.no_grad()
+def test_token_types_go_on_with_the_words(side):
+    """A GPT-2 with BERT's tokenizer: the words have the type of the row's last token."""
+    model, tokenizer = prompt_model("gpt2", "sequence", ["brilliant film", "dull"])
+    rows = rows_of(model, tokenizer)
+    batch, table, expected = padded(rows, tokenizer, side), model.get_input_embeddings().weight, []
+    # GPT-2 adds the embedding of the type to each token
+    hook = model.masked_lm.transformer.drop.register_forward_pre_hook(lambda module, args: (args[0] + table[7],))
+    for ids in rows["input_ids"]:
+        row = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
+        expected.append(model(**row).logits[0])
+    hook.remove()
+    types = torch.full_like(batch["input_ids"], 7)
+    torch.testing.assert_close(model(**batch, token_type_ids=types).logits, torch.stack(expected))
+
+
 def test_a_gap_within_the_row_is_t5s_sentinel():
     tokenizer = subword_tokenizer("unigram")
     template = "*cls**sent_0*?*mask*,*+sentl_1**sep+*"

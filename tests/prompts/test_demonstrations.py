@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from prompt_models import masked_lm, prompt_model
 from tiny import tiny_tokenizer
+from transformers import T5Config, T5Model
 
 from hf_ft_ext.arguments import DataArguments
 from hf_ft_ext.data.task_data import TaskData
@@ -149,6 +150,12 @@ def test_similarity_is_the_cosine_of_mean_hidden_states(tmp_path):
     np.testing.assert_allclose(found[0], (means @ means[0]).numpy(), atol=1e-5)
     with pytest.raises(InputError, match=r"demo_filter_model=.*none' cannot be loaded"):
         similarity.embeddings("./none", ("a",))
+    T5Model(T5Config(vocab_size=60, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)).save_pretrained(
+        tmp_path / "t5"
+    )
+    tiny_tokenizer().save_pretrained(tmp_path / "t5")
+    with pytest.raises(InputError, match=r"t5' gives no hidden states of texts \(.*pass an encoder"):
+        similarity.embeddings(str(tmp_path / "t5"), ("the film",))
 
 
 @pytest.mark.parametrize(

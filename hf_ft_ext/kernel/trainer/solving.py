@@ -29,7 +29,7 @@ from hf_ft_ext.kernel.solvers import (
 )
 from hf_ft_ext.kernel.trainer.solved import SolvedKernelTrainer
 from hf_ft_ext.models import seeded_init
-from hf_ft_ext.models.peft import wrap_with_peft
+from hf_ft_ext.models.peft import carries_adapters, wrap_with_peft
 from hf_ft_ext.per_example.capture import Function
 from hf_ft_ext.problem_types import MULTI_LABEL, REGRESSION
 from hf_ft_ext.training.loss_scale import declare_mean_loss
@@ -113,8 +113,7 @@ class KernelTrainer(SolvedKernelTrainer):
                 "model.gradient_checkpointing_disable() first"
             )
         if args.random_model_init:
-            with seeded_init(args.seed):
-                model = type(model)(model.config).to(next(model.parameters()).device)
+            model = _with_random_weights(model, args.seed)
         if args.kernel_peft is not None:
             model = wrap_with_peft(model, args.kernel_peft, args.kernel_peft_config, args.seed, "kernel_peft")
         config = getattr(model, "config", None)
@@ -276,3 +275,17 @@ class KernelTrainer(SolvedKernelTrainer):
         """Disable autograd: there is no training step whose backward pass needs memory."""
         with torch.no_grad():
             yield
+
+
+def _with_random_weights(model: nn.Module, seed: int) -> nn.Module:
+    """A model of the same class with weights drawn from `seed`; what was frozen stays frozen."""
+    if carries_adapters(model):
+        raise InputError(
+            "random_model_init makes the model anew, without its adapters; pass the model without them, and the "
+            "adapter by kernel_peft"
+        )
+    with seeded_init(seed):
+        fresh = type(model)(model.config).to(next(model.parameters()).device)
+    for own, drawn in zip(model.parameters(), fresh.parameters(), strict=True):
+        drawn.requires_grad_(own.requires_grad)
+    return fresh
