@@ -282,8 +282,8 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
     def _objective_function(self) -> Objective:
-        if self.objective is not None:
-            return from_user_function(lambda *both: self._same_draws(functools.partial(self.objective, *both))())
+        if (own := self.objective) is not None:
+            return from_user_function(lambda *both: self._same_draws(functools.partial(own, *both))())
         return objective_of_arguments(self.args, self._inner().config)
 
     def _same_draws(self, evaluate: Callable[[], Any]) -> Callable[[], Any]:

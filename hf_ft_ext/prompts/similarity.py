@@ -29,7 +29,8 @@ def similarities(model: str | None, texts: list[str], others: list[str]) -> np.n
 def embeddings(model: str | None, texts: tuple[str, ...]) -> np.ndarray:
     """Return normalised mean-pooled last hidden states: `[texts, hidden]`, float32."""
     try:
-        return _pooled(*_encoder(model), texts)
+        tokenizer, encoder = _encoder(model)
+        return _pooled(tokenizer, encoder, texts)
     except (AttributeError, IndexError, OverflowError, RuntimeError, TypeError) as error:
         raise _unusable(model, error) from error
     except ValueError as error:

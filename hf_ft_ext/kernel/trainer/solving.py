@@ -184,8 +184,9 @@ class KernelTrainer(SolvedKernelTrainer):
 
     def _training_labels(self, dataset: Any) -> np.ndarray:
         """The labels of training rows, among which no class is missing."""
-        labels, config = self._labels(dataset), getattr(self.model, "config", None)
-        if config is not None and not (self.regression or self.multi_label):
+        labels = self._labels(dataset)
+        if not (self.regression or self.multi_label):
+            config = self.model.config
             check_labels(labels, [str(config.id2label[i]) for i in range(config.num_labels)])
         return labels
 
