@@ -132,6 +132,12 @@ def test_node_perturbation_needs_a_head_that_reads_one_vector_per_row(tmp_path, 
         make(tmp_path, **METHODS["node"]).train()
 
 
+def test_cached_features_have_no_lengths_to_balance(tmp_path):
+    with pytest.raises(InputError, match="divides rows among processes by their lengths, and cached features have"):
+        make(tmp_path, train_sampling_strategy="batch_rebalance").train()
+    make(tmp_path, train_sampling_strategy="batch_rebalance", search_target="all").train()
+
+
 @pytest.mark.parametrize(("method", "message"), [
     ("adam", "search_method=adam is a baseline for one process; start one process"),
     ("node", "search_method=node estimates a gradient for each row, .* start one process, or use search_method=activ"),

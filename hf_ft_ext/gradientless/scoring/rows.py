@@ -5,6 +5,7 @@ from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer
 
+from hf_ft_ext.errors import InputError
 from hf_ft_ext.features.rows import LABELS, data_and_collator
 
 
@@ -36,8 +37,18 @@ def train_dataloader(trainer: Trainer, features: FeatureRows | None, whole_batch
     Args:
         features: rows to load; `None` = the training data themselves.
         whole_batches: every process gets the rows of all processes, in the order of a single-process run.
+
+    Raises:
+        InputError: the batches are to be balanced by the lengths of their rows, for each process.
     """
-    args, order = trainer.args, trainer._get_train_sampler(trainer.train_dataset)
+    args = trainer.args
+    if args.train_sampling_strategy == "batch_rebalance":
+        why = "cached features have none" if features is not None else "all processes read the same rows"
+        raise InputError(
+            f"train_sampling_strategy=batch_rebalance divides rows among processes by their lengths, and {why}; leave "
+            "it out"
+        )
+    order = trainer._get_train_sampler(trainer.train_dataset)
     if features is None:
         dataset, collate = data_and_collator(trainer, trainer.train_dataset)
     else:
