@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import importlib.util
 import inspect
+import math
 import numbers
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -181,7 +182,7 @@ def _numbers(result: Any, name: str, key: str) -> dict[str, float]:
     values = result if isinstance(result, Mapping) else {key: result}
     found = {}
     for label, value in values.items():
-        value = value.item() if hasattr(value, "item") and getattr(value, "size", 1) in (1, ()) else value
+        value = value.item() if hasattr(value, "item") and math.prod(getattr(value, "shape", ())) == 1 else value
         if not isinstance(value, numbers.Real):
             raise InputError(
                 f"metric '{name}' returned {type(value).__name__} for {label!r}; it must return a number, or a "

@@ -8,6 +8,7 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from sklearn import metrics as sk
 from transformers import EvalPrediction
 
@@ -258,6 +259,7 @@ def test_a_function_of_the_users_gets_what_its_parameters_ask_for(module, name):
     assert score("ours_scores:likelihood")["likelihood"] == pytest.approx(expected)
     assert score("ours_scores:as_trainer_calls_it")["gap"] == pytest.approx(LOGITS[np.arange(80), TRUE].mean())
     assert metric_function(["ours_scores:hits", "accuracy"], NAMES).keys() == ["hits", "rows", "accuracy"]
+    assert score(lambda predictions: {"half": torch.tensor(0.5)}) == {"half": 0.5}
     kappa = score(sk.matthews_corrcoef)
     assert kappa["matthews_corrcoef"] == pytest.approx(sk.matthews_corrcoef(TRUE, GUESS))
 
