@@ -44,7 +44,9 @@ class SaveAndStop(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         last = state.global_step >= state.max_steps or control.should_training_stop
-        self._epoch_ends = last or float(state.epoch).is_integer()
+        # With `save_strategy=best` an evaluation that is not the best one takes back that a checkpoint is due.
+        waits = args.save_strategy != SaveStrategy.BEST
+        self._epoch_ends = waits and (last or float(state.epoch).is_integer())
         if args.world_size == 1 or last or self._schedule.is_due(state.global_step):
             self._compare_signals(args, state, control)
 
