@@ -83,7 +83,8 @@ def _targets_in_layer(layer: Layer, placement: str, modules: dict[str, nn.Module
         if chosen is None:
             return []
         # Experts may be inside of the module of another block, which adds a shared expert (Llama 4).
-        around = (b.module for b in layer.feed_forwards if b.module is not None and chosen.startswith(f"{b.module}."))
+        others = (other.module for other in layer.feed_forwards if other is not block and other.module is not None)
+        around = (other for other in others if chosen.startswith(f"{other}."))
         names.append(next(around, chosen))
     return list(dict.fromkeys(names))
 
