@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _check_adapters_not_merged,
     _delete_auxiliary_adapter,
+    onload_layer,
 )
 from peft.utils import TaskType
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, SEQ_CLS_HEAD_NAMES
@@ -168,6 +169,27 @@ class LayerTuner(BaseTuner):
         if self.cannot_merge is not None:
             raise InputError(f"{self.cannot_merge}; keep it as an adapter, or remove it with unload()")
 
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As in peft, but of several adapters around one module the inner ones first, as the outer ones adapt both."""
+        self._check_merge_allowed()
+        done: set[nn.Module] = set()
+        for outer in self.model.modules():
+            if not isinstance(outer, BaseTunerLayer) or outer in done:
+                continue
+            inside = [module for module in outer.modules() if isinstance(module, BaseTunerLayer)]
+            for module in reversed(inside):
+                with onload_layer(module):
+                    module.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            done.update(inside)
+
+    def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None):
+        if merge:  # all adapters around a module: peft merges the outermost only
+            self.merge_adapter(adapter_names, safe_merge)
+        while True:  # adapters inside of a wrapped block are found only after its wrapper is removed
+            super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
+            if not has_adapters(self.model):
+                return self.model
+
     # --- files ------------------------------------------------------------------------------------
 
     @classmethod
@@ -222,6 +244,11 @@ class FollowsBaseLayer(nn.Module):
 
     def unmerge(self) -> None:
         """Do nothing: this layer never merges."""
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether any module of the model is wrapped by an adapter's layer."""
+    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
 
 
 def refuse_unfit_layers(model: nn.Module, kind: str, layers: int | list[int] | None, known: list[int]) -> None:

@@ -58,6 +58,25 @@ def test_kinds_that_can_be_merged_are(tmp_path):
     merged.save_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("outer", ["sparse", "ia3"])
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+def test_kinds_at_one_module_are_all_merged(merge, outer):
+    """IA3 around LoRA multiplies the sum of weight and change."""
+    kinds = {
+        "lora": LoraConfig(r=2, init_lora_weights=False, target_modules=["key"]),
+        "sparse": SparseGradConfig(init="random", init_std=0.3, target_modules=["attention.self.key"]),
+        "ia3": {"target_modules": ["key"], "feedforward_modules": [], "init_ia3_weights": False},
+    }
+    torch.manual_seed(0)
+    model = get_peft_model(small("bert").double(), LayerMixtureConfig(kinds=kinds, layers={0: ["lora", outer]}))
+    expected = logits(model)
+    merged = getattr(model, merge)()
+    torch.testing.assert_close(logits(merged or model), expected, rtol=1e-6, atol=1e-6)
+    if merge == "merge_adapter":
+        model.unmerge_adapter()
+        torch.testing.assert_close(logits(model), expected, rtol=1e-6, atol=1e-6)
+
+
 def test_merging_a_kind_that_cannot_merge_is_refused():
     model = get_peft_model(small("bert"), LayerMixtureConfig(kinds=KINDS, layers={0: "lora", 1: "bottleneck"}))
     before = logits(model)

@@ -19,7 +19,7 @@ from hf_ft_ext.adapters.layer_prefix.model import fold_to_load, saved_prefixes, 
 from hf_ft_ext.adapters.layers import inside_adapter, names_by_layer, plain_name, split_layer
 from hf_ft_ext.adapters.mixture.config import LayerMixtureConfig
 from hf_ft_ext.adapters.sparse_grad.model import refuse_merging_into
-from hf_ft_ext.adapters.tuner import LayerTuner
+from hf_ft_ext.adapters.tuner import LayerTuner, has_adapters
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.structure.targets import default_targets
 
@@ -44,7 +44,7 @@ class LayerMixtureModel(LayerTuner):
         if missing := [layer for layer in config.layers if int(layer) not in known]:
             shown = f"{min(known)} to {max(known)}" if known else "none"
             raise InputError(f"the mixture names layer {missing[0]}, and {type(model).__name__} has layers {shown}")
-        before = [(p, p.requires_grad) for p in model.parameters()] if _has_adapters(model) else []
+        before = [(p, p.requires_grad) for p in model.parameters()] if has_adapters(model) else []
         # Prefixes last: they wrap an attention, which changes the names of the modules inside it.
         kinds = sorted(config.configs, key=lambda kind: config.configs[kind].peft_type == AdapterType.LAYER_PREFIX)
         for kind in kinds:
@@ -138,16 +138,6 @@ class LayerMixtureModel(LayerTuner):
         self._refuse_merging(adapter_names)
         super().merge_adapter(adapter_names, safe_merge)
 
-    def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None):
-        if merge:
-            self._refuse_merging(adapter_names)
-        config = self.model.peft_config
-        while True:  # adapters inside a prefixed attention are found only after the prefix is removed
-            BaseTuner._unload_and_optionally_merge(self, merge, progressbar, safe_merge, adapter_names)
-            if not _has_adapters(self.model):
-                return self.model
-            self.model.peft_config = config
-
     def _refuse_merging(self, adapter_names: list[str] | None) -> None:
         """Raise an `InputError` if these adapters (`None`: the active ones) cannot be merged."""
         names = self.active_adapters if adapter_names is None else adapter_names
@@ -179,7 +169,3 @@ class LayerMixtureModel(LayerTuner):
 
 def _prefixes(config: LayerMixtureConfig) -> list[LayerPrefixConfig]:
     return [kind for kind in config.configs.values() if kind.peft_type == AdapterType.LAYER_PREFIX]
-
-
-def _has_adapters(model: nn.Module) -> bool:
-    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
