@@ -58,16 +58,16 @@ def adapters_text(model: nn.Module) -> str:
     """
     about: dict[str, Any] = {}
     for name, config in sorted((getattr(model, "peft_config", None) or {}).items()):
-        about[name] = {key: value for key, value in config.to_dict().items() if key not in _OF_ADAPTER_FILES}
+        about[name] = {key: value for key, value in config.to_dict().items() if key not in _ABOUT_FILES}
     for path, module in model.named_modules():
         # a list in peft's layers, and a method of transformers' models
         if path and isinstance(getattr(module, "active_adapters", None), list):
-            about[path] = {key: getattr(module, key, None) for key in _OF_ADAPTER_LAYERS}
+            about[path] = {key: getattr(module, key, None) for key in _OF_LAYERS}
     return json.dumps(about, sort_keys=True, default=_text) if about else ""
 
 
-_OF_ADAPTER_FILES = ("base_model_name_or_path", "inference_mode", "revision")
-_OF_ADAPTER_LAYERS = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
+_ABOUT_FILES = ("base_model_name_or_path", "inference_mode", "revision")
+_OF_LAYERS = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
 
 
 def _text(value: Any) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-# Quick settings; None = what `push` passes to all.
+# Settings with which these methods run quickly.
 QUICK = {
     "sparse": ["--sparse_basis_steps", "2", "--sparse_density", "0.2"],
     "gradientless": ["--feature_cache_dir", "features"],

@@ -139,7 +139,7 @@ def _converted(values: dict[str, Any], features: Features, cache_dir: str | None
                 "folder that has room"
             ) from error
         finally:
-            with suppress(OSError):  # as there is no such folder
+            with suppress(OSError):  # there is nothing to delete if the folder could not be made
                 unfinished.unlink()
     return Dataset.from_file(str(path))
 

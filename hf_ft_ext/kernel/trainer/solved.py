@@ -142,7 +142,7 @@ class SolvedKernelTrainer(SolverTrainer):
         """Class ids `[N]`, numbers, or 0 and 1 for each label `[N, C]`.
 
         Raises:
-            InputError: there are no labels, or they do not fit the task.
+            InputError: the rows have no labels, or labels that are not of these kinds.
         """
         found = labels_of(dataset)
         if self.regression:
