@@ -93,13 +93,14 @@ MEASUREMENTS = {
         "--dtype bfloat16 --layers 1 --batch 1 --length 4 --steps 1 --variants evaluation spsa", 330,
     ),
     "gradientless": Measurement(
-        "gradientless", ("gradientless",), "--threads 1 --steps 10 --result gradientless",
-        "--threads 1 --steps 2 --batch 2 --length 4 --variants adam spsa-head --result gradientless", 330,
+        "gradientless", ("gradientless",), "--threads 1 --steps 20 --result gradientless --variants published-1x1 1x1 "
+        "none adam published-3x2 3x2 spsa-head",
+        "--threads 1 --steps 2 --batch 2 --length 4 --variants adam spsa-head --result gradientless", 300,
     ),
     # last: it takes a third of the time, most of it in the published engine
     "kernel": Measurement(
         "kernel", ("kernel",), "--result kernel --formulas sgd signgd",
-        "--result kernel --size roberta-base --train 1 --test 1 --length 4 --variants structured --formulas sgd", 480,
+        "--result kernel --size roberta-base --train 1 --test 1 --length 4 --variants structured --formulas sgd", 1080,
         data=True,
     ),
 }  # fmt: skip

@@ -170,7 +170,7 @@ class LayerTuner(BaseTuner):
             raise InputError(f"{self.cannot_merge}; keep it as an adapter, or remove it with unload()")
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """As in peft, but inner adapters first: an outer one (IA3) scales the weight with the changes of the inner ones."""
+        """As in peft, but inner adapters first: an outer one (IA3) scales the weight that the inner ones changed."""
         self._check_merge_allowed()
         done: set[nn.Module] = set()
         for outer in self.model.modules():

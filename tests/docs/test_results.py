@@ -43,11 +43,11 @@ def test_every_described_table_stands_on_a_page_and_every_file_is_shown():
 
 
 def test_lines_of_the_page_appear_once_they_are_measured(tmp_path):
-    row = {"what": "gram-eigh", "quantity": "time / stacked SVD", "shape": "4 x 6", "gradients": 3}
+    row = {"what": "gram-eigh", "quantity": "time / stacked SVD", "shape": "4 x 6", "gradients": 30}
     assert "SparseGrad's basis" not in whole_page.page(tmp_path)
     results.save("basis", [{**row, **results.summary([0.25])}], ["basis.py"], tmp_path)
     text = whole_page.page(tmp_path)
-    assert "| SparseGrad's basis from Gram sums, 3 gradients of 4 x 6 | 0.250 | stacked SVDs" in text  # one round
+    assert "| SparseGrad's basis from Gram sums, 30 gradients of 4 x 6 | 0.250 | stacked SVDs" in text  # one round
     assert "[basis.json](../benchmarks/results/basis.json)" in text and "`python benchmarks/basis.py`" in text
     results.save("basis", [{**row, **results.summary([0.2, 0.25, 0.6]), "noisy": True}], ["x"], tmp_path)
     assert "| 0.250 (0.200-0.600) (noisy) |" in whole_page.page(tmp_path)
