@@ -43,6 +43,15 @@ def test_noisy_measurements_run_again_with_more_repetitions(tmp_path):
     assert run.noisy("basis") == []
 
 
+def test_what_was_measured_once_runs_again_with_two_repetitions(tmp_path):
+    run = Recorded(tmp_path, minutes=10)
+    names = ["sparse", "zeroth_order", "gradientless"]
+    bench.measure_all(run, names)  # 900 seconds were expected
+    first, again = run.commands[:3], run.commands[3:]
+    once = [(name, repeats) for name, repeats in first if repeats == 1]
+    assert [name for name, _ in first] == names and once == [("sparse", 1)] and again == [("sparse", 2)]
+
+
 def test_noisy_rows_are_marked(tmp_path):
     run = Recorded(tmp_path, minutes=2.5 / 60)
     bench.measure_all(run, ["basis"])
