@@ -84,7 +84,7 @@ def prompt_encoder(
         head,
         config.reading,
     )
-    encoder.check_limits(*given)
+    encoder.check_limits(*given, demonstrations=data_args.few_shot_type == PROMPT_DEMO)
     return encoder
 
 

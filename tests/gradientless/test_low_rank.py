@@ -112,7 +112,6 @@ def test_a_model_that_mixes_rows_is_evaluated_one_by_one(caplog):
         def forward(self, x):
             return self.layer(x - x.mean(0))
 
-    caplog.set_level("INFO", logger="hf_ft_ext")
     model = Centred().double()
     x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.double)
 
@@ -124,6 +123,14 @@ def test_a_model_that_mixes_rows_is_evaluated_one_by_one(caplog):
     optimizer = search(model, candidates_per_forward=2, eps=0.1)
     optimizer.step(lambda: model(x).square().sum(), Twice())
     assert not optimizer.batches and "candidates are evaluated one by one: losses of the repeated" in caplog.text
+
+    class Never:  # as on cached features
+        def repeated(self, n):
+            return None
+
+    optimizer = search(model, candidates_per_forward=2, eps=0.1)
+    optimizer.step(lambda: model(x).square().sum(), Never())
+    assert "candidates_per_forward has no effect, candidates are evaluated one by one: this evaluation" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["lozo", "gaussian"])

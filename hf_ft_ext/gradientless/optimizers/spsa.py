@@ -264,7 +264,7 @@ class SPSA(GradientFreeOptimizer):
             with self.perturbed_forward(*combinations):
                 losses = repeated(len(combinations))
             if losses is None:
-                raise PerturbationsCannotBatch("the evaluation takes one at a time")
+                raise PerturbationsCannotBatch("this evaluation takes one at a time, as on cached features")
             losses = losses.double().cpu()
             if not self.checked:
                 self._check_batching(combinations, closure, losses)
@@ -273,7 +273,7 @@ class SPSA(GradientFreeOptimizer):
             # Other errors are not specific to the batched pass: separate passes would raise them too.
             if self.checked and not isinstance(error, PerturbationsCannotBatch):
                 raise
-            logger.info("candidates are evaluated one by one: %s", error)
+            logger.warning("candidates_per_forward has no effect, candidates are evaluated one by one: %s", error)
             self.batches = False
             return None
 
