@@ -87,6 +87,7 @@ def model_card(folder: str | os.PathLike, record: dict[str, Any], repo_id: str) 
         eval_results=results or None,
     )
     delta_code = getattr(trainer, "delta_code", None)
+    parameters = record.get("counted_parameters") or record.get("trainable_parameters")
     card = ModelCard.from_template(
         data,
         template_path=str(_HERE / "templates" / "model_card.md.jinja"),
@@ -108,7 +109,8 @@ def model_card(folder: str | os.PathLike, record: dict[str, Any], repo_id: str) 
         delta=delta_code(run) if delta_code else None,
         command=shell_command(_command(public)),
         parameters_text=getattr(trainer, "parameters_text", "trained parameters"),
-        share=share_text(record.get("trainable_parameters"), record.get("total_parameters")),
+        parameters=parameters,
+        share=share_text(parameters, record.get("total_parameters")),
         size=bytes_text(record["artefact_bytes"]) if record.get("artefact_bytes") else None,
         papers=_papers(trainer),
     )

@@ -192,6 +192,8 @@ def record_run(
     if language is not None:
         chooses = "f1" if language.data_args.predict_with_generate else "perplexity"
         scoring["generations"] = language.sample or None
+    parameters = sum(weight.trained for weight in trained_weights(trainer))
+    changes_none = hasattr(trainer, "parameters_text")
     record = write_run_record(
         trainer.args.output_dir,
         method=run_args.method,
@@ -201,7 +203,8 @@ def record_run(
         metrics=metrics,
         command=without_secrets(command),
         monitor=find_monitor(trainer),
-        trainable_parameters=sum(weight.trained for weight in trained_weights(trainer)),
+        trainable_parameters=0 if changes_none or not trainer.args.do_train else parameters,
+        counted_parameters=parameters if changes_none else None,
         total_parameters=total_parameters(trainer),
         arguments=recorded_arguments(run_args.given),
         labels=None if language is not None else _label_names(trainer.model.config),
@@ -225,8 +228,8 @@ def final_table(record: dict[str, Any], trainer: Trainer) -> str:
     if record["train_seconds"] is not None:
         rows.append(("training seconds", f"{record['train_seconds']:.1f}"))
         rows.append(("peak memory (MiB)", f"{record['peak_memory_bytes'] / _MIB:,.1f}"))
-        counted = getattr(trainer, "parameters_text", "trainable parameters")
-        rows.append((counted, f"{record['trainable_parameters']:,}"))
+        text = getattr(trainer, "parameters_text", "trainable parameters")
+        rows.append((text, f"{record['counted_parameters'] or record['trainable_parameters']:,}"))
     folder = Path(trainer.args.output_dir)
     lines = ["", *(line.rstrip() for line in align(rows)), f"record: {folder / RUN_RECORD}"]
     if trainer.args.do_train:

@@ -21,10 +21,10 @@ _REQUIRED: dict[str, tuple[type, ...]] = {
 # Records of other versions may lack these.
 _OPTIONAL: dict[str, tuple[type, ...]] = {
     "train_seconds": _NUMBER, "preparation_seconds": _NUMBER, "samples_per_second": _NUMBER,
-    "peak_memory_bytes": _NUMBER, "trainable_parameters": _NUMBER, "total_parameters": _NUMBER,
-    "artefact_bytes": _NUMBER, "world_size": (int,), "versions": (dict,), "arguments": (dict,), "data": (dict,),
-    "model_source": (dict,), "device": (str,), "quality": (str,), "labels": (list,),
-    "task_type": (str,), "generations": (list,),
+    "peak_memory_bytes": _NUMBER, "trainable_parameters": _NUMBER, "counted_parameters": _NUMBER,
+    "total_parameters": _NUMBER, "artefact_bytes": _NUMBER, "world_size": (int,), "versions": (dict,),
+    "arguments": (dict,), "data": (dict,), "model_source": (dict,), "device": (str,), "quality": (str,),
+    "labels": (list,), "task_type": (str,), "generations": (list,),
 }  # fmt: skip
 _KINDS = {
     dict: "an object",

@@ -51,8 +51,10 @@ def test_train_evaluate_predict_without_a_warning(launch, method, capsys, tiny_b
         method, "train.csv", tiny_bert_dir, 42,
     )  # fmt: skip
     assert {"eval_accuracy", "eval_loss", "train_loss"} <= record["metrics"].keys()
-    for key in ("train_seconds", "samples_per_second", "trainable_parameters", "total_parameters", "artefact_bytes"):
+    counted_as = "counted_parameters" if method == "kernel" else "trainable_parameters"
+    for key in ("train_seconds", "samples_per_second", counted_as, "total_parameters", "artefact_bytes"):
         assert record[key] > 0, key
+    assert (record["trainable_parameters"] == 0) == (method == "kernel")
     assert record["peak_memory_kind"].startswith("resident set, above the level before training")
     assert record["peak_memory_bytes"] is not None and "secret" not in Path("out/run.json").read_text()
     assert record["arguments"].get("learning_rate") == (None if method in SOLVER_METHODS else 1e-2)

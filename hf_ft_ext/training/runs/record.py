@@ -59,6 +59,7 @@ def write_run_record(
     command: list[str],
     monitor: ResourceMonitor | None = None,
     trainable_parameters: int | None = None,
+    counted_parameters: int | None = None,
     total_parameters: int | None = None,
     arguments: dict[str, Any] | None = None,
     labels: list[str] | None = None,
@@ -79,7 +80,9 @@ def write_run_record(
         metrics: all of the run's metrics, evaluation and training.
         command: the command line that started the run, as a list of words.
         monitor: the callback that measured training; without one (evaluation only) its fields are null.
-        trainable_parameters: parameters that training changes (for sparse training: the trained entries).
+        trainable_parameters: parameters that training changes (for sparse training: the trained entries); 0 for a
+            kernel, and for a run without training.
+        counted_parameters: of a method that changes none, those that it uses (of a kernel: those of its gradients).
         arguments: the arguments that differ from the defaults.
         labels: names of the classes in the order of the logits; `None` for regression.
         load: a line of Python that loads the model saved in `output_dir`; `None` if none was saved.
@@ -112,6 +115,7 @@ def write_run_record(
         if trained and trained.memory is not None
         else None,
         "trainable_parameters": trainable_parameters,
+        "counted_parameters": counted_parameters,
         "total_parameters": total_parameters,
         "artefact_bytes": artefact_bytes(output_dir),
         "device": device_name(device),
