@@ -99,7 +99,8 @@ class SparseGradLinear(nn.Linear):
         initial: the values before training, shape (k,).
         base_hash: SHA-256 of the weight before training.
         may_have_changed: whether the values may differ from those in `weight` without a new version of the tensor.
-        earlier: changes of training before the basis was refreshed: supports and the changes of their values.
+        earlier: changes in supports before the current one (refreshes of the basis, another training): supports and
+            the changes of their values.
         block: number of rows and columns of a structured support.
         support: the entries that `values` holds; `None` with dynamic support and before the pre-pass.
         basis: the factors, shared by all layers of one kind; not ready before the gradient pre-pass.
@@ -181,6 +182,9 @@ class SparseGradLinear(nn.Linear):
             raise ValueError("the layer was converted for dynamic support; call expect_fixed_support first")
         if support.size != self.n_params:
             raise ValueError(f"a support of {support.size} entries for a layer that trains {self.n_params}")
+        if values is None and self.support is not None:  # training has begun in another support
+            self.fold()
+            self.earlier.append(self.changes()[-1])
         self.support = support
         self.values.copy_(support.pick(support.block_of(self.weight)) if values is None else values)
         self.initial = self.values.detach().clone() if initial is None else initial
@@ -201,10 +205,6 @@ class SparseGradLinear(nn.Linear):
         """Return all changes of the weight: supports and the changes of their values, shape (k,) each."""
         support, values, initial = self.chosen_entries()
         return [*self.earlier, (support, values.detach() - initial)]
-
-    def record_change(self) -> None:
-        """Record the changes in the current support, before another one is set."""
-        self.earlier.append(self.changes()[-1])
 
     @torch.no_grad()
     def fold(self, compare: bool = True) -> bool:

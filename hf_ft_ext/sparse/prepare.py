@@ -77,8 +77,6 @@ def refresh_supports(
     Raises:
         InputError: as for `prepare_layers`.
     """
-    for layer in layers.values():
-        layer.record_change()
     prepare_layers(trainer, layers, args)
     betas = {id(p): group["betas"] for group in optimizer.param_groups for p in group["params"]}
     for layer in layers.values():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from sparse_trainer import INPUTS, make
 from test_families import build, inputs
-from tiny import tiny_model
+from tiny import tiny_dataset, tiny_model
 
 from hf_ft_ext import InputError, convert_to_sparse, load_delta, merge_sparse, save_delta
 from hf_ft_ext.files import tensor_hash
@@ -51,6 +51,19 @@ def test_applied_to_its_base_it_gives_the_trained_model(tmp_path, mode, resumed)
     logits = trainer.model.eval()(**INPUTS).logits
     torch.testing.assert_close(loaded(**INPUTS).logits, logits, rtol=1e-5, atol=1e-6)
     assert (logits - tiny_model().eval()(**INPUTS).logits).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("support", ["structured", "static"])
+def test_a_second_training_of_the_model_adds_to_its_delta(tmp_path, support):
+    model = tiny_model()
+    for number in range(2):  # with other data, and so another support
+        data = tiny_dataset(32, seed=number)
+        trainer = make(tmp_path, model, data, sparse_support=support, sparse_train_rest="head", max_steps=2)
+        trainer.train()
+    save_delta(model, tmp_path)
+    loaded = load_delta(tiny_model(), tmp_path)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[name], value, rtol=1e-5, atol=1e-6)
 
 
 def test_running_statistics_belong_to_the_changes(tmp_path):
