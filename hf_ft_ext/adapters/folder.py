@@ -23,6 +23,7 @@ from peft import PeftConfig, PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.utils import (
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
@@ -76,6 +77,8 @@ def save_base_configuration(
     base: nn.Module, folder: str | os.PathLike, revision: str | None, adapter_name: str = "default"
 ) -> None:
     """As `save_configuration`, for the base model itself and the `revision` in one adapter's configuration."""
+    if not isinstance(getattr(base, "config", None), PreTrainedConfig):
+        return  # not a transformers model: only `PeftModel.from_pretrained` loads its adapters
     folder = Path(folder)
     config = copy.deepcopy(base.config)
     config.architectures = [type(base).__name__]

@@ -64,6 +64,8 @@ class FullTrainingArguments(MethodTrainingArguments):
                 f"optim_args={self.optim_args}: steps by the gradient's signs have no {others}; leave sign=true "
                 "or the others out"
             )
+        if options.get("sign", "true").lower() not in ("true", "false"):
+            raise InputError(f"optim_args={self.optim_args}: sign must be true or false; pass sign=true")
         if "sign" in options and self.optim != OptimizerNames.SGD:
             raise InputError(
                 f"optim_args={self.optim_args} needs optim=sgd, but optim is "
@@ -71,6 +73,11 @@ class FullTrainingArguments(MethodTrainingArguments):
             )
         if self.fix_layers < 0:
             raise InputError(f"fix_layers must be 0 or more, got {self.fix_layers}")
+        if not isinstance(self.peft_config, dict | None):
+            raise InputError(
+                f"peft_config must be a mapping of settings, got a {type(self.peft_config).__name__}; pass such as "
+                '{"r": 8}, or wrap the model by get_peft_model and leave peft out'
+            )
         if self.peft_config and self.peft is None:
             raise InputError("peft_config needs peft; pass a method of peft, such as peft=prefix_tuning")
         if self.fix_layers and self.peft is not None:

@@ -12,7 +12,7 @@ from hf_ft_ext.full.arguments import FullTrainingArguments
 from hf_ft_ext.full.freeze import fix_layers
 from hf_ft_ext.full.signgd import SignGD
 from hf_ft_ext.models.peft import PREFIX_TUNING, wrap_with_peft
-from hf_ft_ext.problem_types import REGRESSION
+from hf_ft_ext.training.checks import is_regression
 from hf_ft_ext.training.finite import StopAtNaN
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.method_trainer import MethodTrainer, overridden
@@ -89,8 +89,7 @@ class FullTrainer(StopAtNaN, MethodTrainer):
     def prepare_model(self, model: nn.Module) -> nn.Module:
         args = self.args
         declare_mean_loss(model)
-        config = getattr(model, "config", None)
-        if args.l2_loss and getattr(config, "problem_type", None) == REGRESSION:
+        if args.l2_loss and is_regression(model):
             raise InputError(
                 "l2_loss is for classification, and this task is regression, which uses a squared loss anyway; leave "
                 "it out"

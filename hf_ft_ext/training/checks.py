@@ -45,12 +45,9 @@ def check_loss(args: TrainingArguments, model: nn.Module) -> None:
     """
     if not args.label_smoothing_factor:
         return
-    config = getattr(model, "config", None)
-    problem = getattr(config, "problem_type", None)
-    classifier = type(getattr(model, "get_base_model", lambda: model)()).__name__.endswith("SequenceClassification")
-    if problem == REGRESSION or (problem is None and classifier and getattr(config, "num_labels", None) == 1):
+    if is_regression(model):
         kind = "this task is a regression"
-    elif problem == MULTI_LABEL:
+    elif getattr(getattr(model, "config", None), "problem_type", None) == MULTI_LABEL:
         kind = "the rows of this task have several labels"
     else:
         return
@@ -58,6 +55,19 @@ def check_loss(args: TrainingArguments, model: nn.Module) -> None:
         f"label_smoothing_factor={args.label_smoothing_factor} moves probability between classes, and {kind}; leave "
         "it out"
     )
+
+
+def is_regression(model: nn.Module) -> bool:
+    """Whether a model is a regression: by its configuration or, as in transformers, by having one output."""
+    config = getattr(model, "config", None)
+    problem = getattr(config, "problem_type", None)
+    if problem is not None:
+        return problem == REGRESSION
+    name = type(getattr(model, "get_base_model", lambda: model)()).__name__
+    return name.endswith(_OF_ROWS) and getattr(config, "num_labels", None) == 1
+
+
+_OF_ROWS = ("SequenceClassification", "ImageClassification")  # classes whose loss is a regression's for one output
 
 
 def refuse_compiled(model: nn.Module) -> None:

@@ -5,7 +5,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
-from hf_ft_ext.errors import DivergedError
+from hf_ft_ext.errors import DivergedError, InputError
 from hf_ft_ext.training.checks import check_full_batch
 from hf_ft_ext.training.refusals import model_errors_as_input_errors
 from hf_ft_ext.training.saved.saving import CompleteSaves
@@ -39,8 +39,14 @@ class StopAtNaN(CompleteSaves):
         refuse_fp16_on_cpu(self.accelerator)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        if not trained:
+            raise InputError(
+                "no parameter of the model trains; load an adapter with PeftModel.from_pretrained(..., "
+                "is_trainable=True), or unfreeze parameters (requires_grad_)"
+            )
         if self.optimizer is None:
-            warn_of_lost_updates({name: p for name, p in self.model.named_parameters() if p.requires_grad})
+            warn_of_lost_updates(trained)
         return super().create_optimizer(model)
 
     def get_train_dataloader(self) -> DataLoader:

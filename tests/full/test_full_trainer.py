@@ -1,9 +1,21 @@
 """Plain fine-tuning: optimizers, frozen layers, squared loss, peft methods, and what contradicts what."""
 
+import copy
+
 import pytest
 import torch
+from classifiers import tiny_classifier
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import CONFIGS, tiny_dataset, tiny_model, tiny_tokenizer
-from transformers import AlbertConfig, AlbertForSequenceClassification, Trainer, TrainingArguments
+from transformers import (
+    AlbertConfig,
+    AlbertForSequenceClassification,
+    AutoConfig,
+    AutoModelForAudioClassification,
+    AutoModelForImageClassification,
+    Trainer,
+    TrainingArguments,
+)
 
 from hf_ft_ext import FullTrainer, FullTrainingArguments, InputError, SignGD
 from hf_ft_ext.full.freeze import fix_layers
@@ -92,6 +104,94 @@ def test_low_layers_and_embeddings_freeze(tmp_path, model_type):
     assert any("layer.1." in name for name in moved) and any("classifier" in name for name in moved)
 
 
+def frozen_of(model, count) -> set[str]:
+    fix_layers(model, count)
+    return {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "frozen", "trained"),
+    [
+        ("swin", 2, ("embeddings.", "layers.0.blocks."), ("layers.0.downsample.", "layers.1.")),  # two stages
+        ("wav2vec2", 1, ("feature_extractor.", "feature_projection.", "encoder.layers.0."), ("encoder.layers.1.",)),
+        ("bart", 1, ("shared.", "encoder.layers.0."), ("encoder.layers.1.", "decoder.")),  # with a longer decoder
+        ("xlm", 1, ("attentions.0.", "layer_norm1.0.", "ffns.0."), ("attentions.1.", "layer_norm1.1.", "ffns.1.")),
+        ("funnel", 2, ("blocks.0.0.", "blocks.1.0."), ("blocks.1.1.",)),  # two blocks, of one and of two layers
+    ],
+)
+def test_the_lowest_layers_are_those_that_run_first(kind, count, frozen, trained):
+    if kind == "wav2vec2":  # with more convolutions than layers, as DistilHuBERT
+        model = small_sound_model()
+    elif kind == "swin":
+        model = AutoModelForImageClassification.from_config(
+            AutoConfig.for_model(
+                "swin", embed_dim=8, depths=[2, 3], num_heads=[1, 2], image_size=16, patch_size=2, window_size=2
+            )
+        )
+    else:
+        model = tiny_classifier(
+            kind, **{"bart": {"decoder_layers": 3}, "funnel": {"block_sizes": [1, 2]}}.get(kind, {})
+        )
+    found = frozen_of(model, count)
+    names = {name for name, _ in model.named_parameters()}
+    for parts, expected in ((frozen, True), (trained, False)):
+        for part in parts:
+            own = {name for name in names if f".{part}" in f".{name}"}
+            assert own and all((name in found) == expected for name in own), part
+    assert not any("classif" in name or "sequence_summary" in name for name in found)
+
+
+def small_sound_model():
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    convolutions = {
+        "conv_dim": [8] * 3,
+        "conv_stride": [4, 2, 2],
+        "conv_kernel": [8, 4, 4],
+        "num_feat_extract_layers": 3,
+    }
+    more = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "classifier_proj_size": 8}
+    config = AutoConfig.for_model("wav2vec2", **sizes, **convolutions, **more)
+    return AutoModelForAudioClassification.from_config(config)
+
+
+def test_a_model_that_runs_on_no_trial_row_freezes_its_longest_list():
+    model = tiny_model()
+    model.forward = None
+    assert any("layer.0." in name for name in frozen_of(model, 1)) and not any(
+        "layer.1." in name for name in frozen_of(model, 1)
+    )
+
+
+def test_a_model_in_which_nothing_trains_is_refused(tmp_path):
+    adapted = get_peft_model(tiny_model(), LoraConfig(task_type="SEQ_CLS", inference_mode=True))
+    for model in (adapted.requires_grad_(False), tiny_model().requires_grad_(False)):
+        with pytest.raises(InputError, match=r"no parameter of the model trains; load an adapter with .*is_trainable"):
+            make(tmp_path, model).train()
+
+
+class NoTransformer(torch.nn.Module):
+    """A model without a configuration."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = torch.nn.Embedding(60, 8), torch.nn.Linear(8, 2)
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None):
+        logits = self.head(self.embedding(input_ids).mean(1))
+        return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_adapters_of_a_model_without_a_configuration_are_saved(tmp_path):
+    torch.manual_seed(0)
+    base = NoTransformer()
+    trainer = make(tmp_path, get_peft_model(copy.deepcopy(base), LoraConfig(target_modules=["head"])))
+    trainer.train()
+    trainer.save_model()
+    rows = {"input_ids": torch.arange(5, 25).view(2, 10), "labels": torch.tensor([0, 1])}
+    loaded, trained = PeftModel.from_pretrained(base, tmp_path).eval(), trainer.model.eval()
+    assert torch.equal(loaded(**rows)["logits"], trained(**rows)["logits"])
+
+
 def test_layers_that_are_not_there_cannot_freeze():
     with pytest.raises(
         InputError, match="fix_layers=3, but BertForSequenceClassification has 2 layers with separate weights"
@@ -142,6 +242,12 @@ def test_a_peft_method_trains_instead(tmp_path):
         ({"fix_layers": -1}, "fix_layers must be 0 or more, got -1"),
         ({"peft_config": {"r": 1}}, "peft_config needs peft"),
         ({"peft": "lora", "peft_config": "{r: 1}"}, "peft_config='{r: 1}' is not valid JSON"),
+        (
+            {"peft": "lora", "peft_config": LoraConfig(r=1)},
+            "peft_config must be a mapping of settings, got a LoraConf",
+        ),
+        ({"optim": "sgd", "optim_args": "sign=1"}, "optim_args=sign=1: sign must be true or false; pass sign=true"),
+        ({"optim": "sgd", "optim_args": "sign"}, "optim_args=sign: sign must be true or false; pass sign=true"),
         ({"peft": "lora", "fix_layers": 1}, "peft=lora freezes the whole model, so fix_layers=1 has no effect"),
         ({"l2_loss": True, "label_smoothing_factor": 0.1}, "l2_loss and label_smoothing_factor=0.1 are two losses"),
     ],
@@ -159,5 +265,7 @@ def test_arguments_that_contradict_each_other_are_refused(tmp_path):
         make(tmp_path, l2_loss=True, trainer={"compute_loss_func": l2_loss})
     with pytest.raises(InputError, match="l2_loss is for classification, and this task is regression"):
         make(tmp_path, tiny_model(num_labels=1, problem_type="regression"), l2_loss=True, regression=True)
+    with pytest.raises(InputError, match="l2_loss is for classification, and this task is regression"):
+        make(tmp_path, tiny_model(num_labels=1), l2_loss=True, regression=True)
     with pytest.raises(InputError, match="optimizer=adam and optim=adamw_torch both choose the optimizer; pass one"):
         parse_arguments(["--method", "full", "--optimizer", "adam", "--optim", "adamw_torch"])

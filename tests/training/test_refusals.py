@@ -5,7 +5,13 @@ import torch
 from any_trainer import PLAIN, QUICK, classes, make
 from quick import SOLVER_METHODS
 from tiny import tiny_dataset, tiny_model, tiny_tokenizer
-from transformers import DataCollatorWithPadding, EarlyStoppingCallback, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    DataCollatorWithPadding,
+    EarlyStoppingCallback,
+    TrainingArguments,
+)
 
 from hf_ft_ext import InputError
 from hf_ft_ext.features.rows import SAMPLE
@@ -194,4 +200,12 @@ def test_unusable_report_to_is_refused_before_training(tmp_path, name):
     ):
         with pytest.raises(InputError, match=f"label_smoothing_factor=0.1 moves probability between .* {kind}"):
             make(name, smooth, tiny_model(**config))
+    with pytest.raises(InputError, match=r"label_smoothing_factor=0\.1 moves .* a regression"):
+        make(name, smooth, one_output_for_images())
     make(name, smooth)
+
+
+def one_output_for_images():
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = AutoConfig.for_model("vit", **sizes, image_size=8, patch_size=4, num_labels=1)
+    return AutoModelForImageClassification.from_config(config)
