@@ -155,6 +155,8 @@ class FisherTrainingArguments(MethodTrainingArguments):
     def validate(self) -> None:
         for name in ("fisher_candidate_settings", "fisher_learning_rates"):
             setattr(self, name, _mapping(name, getattr(self, name)))
+        if isinstance(self.fisher_candidates, str):
+            self.fisher_candidates = [self.fisher_candidates]
         for name, known in (
             ("fisher_mode", MODES),
             ("fisher_criterion", (None, *CRITERIA)),

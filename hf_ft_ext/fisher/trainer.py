@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import TrainingArguments
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import TrainOutput
 
 from hf_ft_ext.adapters.layer_prefix.model import keep_projection
 from hf_ft_ext.entries.delta import DELTA_FILE, read_indices, save_entries
@@ -51,6 +51,7 @@ from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.method_trainer import MethodTrainer, has_own_loss, loss_of_batch
 from hf_ft_ext.training.runs.plan import TrainedWeight
 from hf_ft_ext.training.runs.resources import preparation
+from hf_ft_ext.training.saved.saving import checkpoint_to_resume
 from hf_ft_ext.training.sharing import FinishedRun, delta_code
 from hf_ft_ext.training.weights.precision import train_in_float32
 from hf_ft_ext.training.weights.quantized import move, refuse_quantized
@@ -145,6 +146,8 @@ class FisherTrainer(StopAtNaN, MethodTrainer):
             raise InputError(
                 "the model carries PEFT adapters already; pass the base model, or merge the adapters first"
             )
+        if entries_of(model):
+            raise InputError("the model already trains entries of its weights; call merge_entries(model) first")
         declare_mean_loss(model)
         if self._given_plan is not None:
             self._given_plan.check_model(model)
@@ -265,9 +268,7 @@ class FisherTrainer(StopAtNaN, MethodTrainer):
     # --- training ---------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *positional, **kwargs) -> TrainOutput:
-        last = resume_from_checkpoint
-        if isinstance(last, bool):
-            last = get_last_checkpoint(self.args.output_dir) if last else None
+        last = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         if not self._is_prepared or self.model_init is not None:
             self._resumed_from = last
         if self.model_init is None:

@@ -35,6 +35,8 @@ class LoraTrainingArguments(MethodTrainingArguments):
     learning_rate: float = field(default=5e-4, metadata={"help": "Initial learning rate of the optimizer."})
 
     def validate(self) -> None:
+        if isinstance(self.lora_target_modules, str):  # as peft takes it
+            self.lora_target_modules = [self.lora_target_modules]
         if self.lora_r < 1:
             raise InputError(f"lora_r must be 1 or more, got {self.lora_r}")
         if not self.lora_alpha > 0:

@@ -156,8 +156,15 @@ class SparseTrainingArguments(MethodTrainingArguments):
             if getattr(self, name) not in known:
                 choices = ", ".join(value for value in known if value is not None)
                 raise InputError(f"{name}={getattr(self, name)!r} is unknown; choose from: {choices}")
-        if self.learning_rate is None:
-            self.learning_rate = BLOCK_LEARNING_RATE if self.sparse_support == STRUCTURED else WEIGHT_LEARNING_RATE
+        # A default that was set here before may be replaced: a hyperparameter search changes `sparse_support`.
+        if self.learning_rate in (None, getattr(self, "_rate_set", None)):
+            rate = BLOCK_LEARNING_RATE if self.sparse_support == STRUCTURED else WEIGHT_LEARNING_RATE
+            self.learning_rate = self._rate_set = rate
+        if not isinstance(self.sparse_target_modules, str | None):
+            raise InputError(
+                "sparse_target_modules must be one regular expression, searched in the names of layers, got "
+                f"{self.sparse_target_modules!r}; join several by |"
+            )
         if self.sparse_basis_orientation == PUBLISHED and self.sparse_basis != HOSVD:
             raise InputError(
                 f"sparse_basis_orientation=published is about the hosvd basis, but sparse_basis={self.sparse_basis}; "

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import TrainOutput
 from transformers.training_args import OptimizerNames
 
 from hf_ft_ext.adapters.sparse_grad.model import layers_by_columns
@@ -37,6 +37,7 @@ from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.method_trainer import MethodTrainer
 from hf_ft_ext.training.runs.plan import TrainedWeight
 from hf_ft_ext.training.runs.resources import preparation
+from hf_ft_ext.training.saved.saving import checkpoint_to_resume
 from hf_ft_ext.training.sharing import FinishedRun, delta_code
 from hf_ft_ext.training.weights.quantized import refuse_quantized
 from hf_ft_ext.training.weights.sharding import DEEPSPEED, refuse_sharding, sharding
@@ -143,10 +144,7 @@ class SparseTrainer(StopAtNaN, MethodTrainer):
         return model
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *positional, **kwargs) -> TrainOutput:
-        last = resume_from_checkpoint
-        if isinstance(last, bool):
-            last = get_last_checkpoint(self.args.output_dir) if last else None
-        self._resumed_from = last
+        self._resumed_from = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         output = super().train(resume_from_checkpoint, *positional, **kwargs)
         if has_sparse_grad(self.model):
             warn_of_untrained(self.model)

@@ -18,6 +18,7 @@ from hf_ft_ext.label_tokens import label_tokens, predicts_next_tokens, with_a_la
 from hf_ft_ext.training.by_name import load_by_name
 from hf_ft_ext.training.checks import check_loss, check_training_arguments, refuse_compiled
 from hf_ft_ext.training.loss_scale import ignores_count, is_unscaled, one_answer
+from hf_ft_ext.training.saved.saving import checkpoint_to_resume
 from hf_ft_ext.training.sft import asks_for_routers, fit_sft, is_sft
 from hf_ft_ext.training.weights.placement import check_placement, declare_offloaded
 from hf_ft_ext.training.weights.quantized import quantized_base
@@ -237,6 +238,7 @@ class MethodTrainer(Trainer):
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, *positional, **kwargs
     ) -> TrainOutput:
+        checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
         check_placement(self.model, self.several_devices, offloaded_too=self.offloaded_models)
         self.apply_trial(trial)
         self._let_inputs_require_gradients(self.model)

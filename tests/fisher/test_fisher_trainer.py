@@ -331,6 +331,11 @@ def test_invalid_arguments_are_refused(tmp_path, settings, message):
         FisherTrainingArguments(str(tmp_path), **settings)
 
 
+def test_one_candidate_may_be_a_text(tmp_path):
+    args = FisherTrainingArguments(str(tmp_path), fisher_mode="single", fisher_candidates="lora")
+    assert args.fisher_candidates == ["lora"]
+
+
 def test_arguments_without_effect_are_refused_even_at_their_default(tmp_path):
     args = FisherTrainingArguments(str(tmp_path), fisher_mode="mask")
     with pytest.raises(InputError, match=r"fisher_labels=true applies only to fisher_mode=select"):
@@ -353,6 +358,19 @@ def test_bad_input_ends_before_training(tmp_path):
         make(tmp_path, trainer.model)
     with pytest.raises(InputError, match=r"has no adapter_plan\.json, so this method did not write it"):
         make(tmp_path).train(resume_from_checkpoint=str(tmp_path))
+    with pytest.raises(
+        InputError, match=r"resume_from_checkpoint='nowhere' is not a folder; pass a checkpoint-<step>"
+    ):
+        make(tmp_path).train(resume_from_checkpoint="nowhere")
+    with pytest.raises(InputError, match=r"resume_from_checkpoint=True: '.*empty' holds no checkpoint; leave it out"):
+        make(tmp_path / "empty").train(resume_from_checkpoint=True)
+    masked = make(tmp_path, fisher_mode="mask", fisher_mask="random", fisher_keep_ratio=0.1)
+    masked.prepare()
+    for settings in ({}, {"fisher_mode": "mask"}):
+        with pytest.raises(
+            InputError, match=r"already trains entries of its weights; call merge_entries\(model\) first"
+        ):
+            make(tmp_path, masked.model, **settings)
     with pytest.raises(InputError, match="a batch has no labels"):
         make(tmp_path, data=tiny_dataset().remove_columns("labels")).train()
     with pytest.raises(InputError, match=r"the pre-pass needs training data; pass train_dataset"):

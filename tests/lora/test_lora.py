@@ -173,6 +173,12 @@ def test_values_out_of_range(tmp_path, values, message):
         arguments(tmp_path, **values)
 
 
+def test_targets_may_be_a_text_as_in_peft(tmp_path):
+    for text in ("all-linear", "query", r".*layer\.0\..*(key|value)"):
+        one, several = (add_lora(tiny_model(), arguments(tmp_path, lora_target_modules=t)) for t in (text, [text]))
+        assert [name for name, _ in one.named_parameters()] == [name for name, _ in several.named_parameters()]
+
+
 def test_targets_that_match_nothing(tmp_path, tokenizer):
     with pytest.raises(InputError, match=r"\['qkv'\] cannot be used .*bert.encoder.layer.\*.attention.self.query"):
         trainer(tmp_path, tokenizer, tiny_model(), lora_target_modules=["qkv"])

@@ -247,6 +247,7 @@ def test_pre_pass_stops_at_a_gradient_that_is_not_finite(tmp_path):
         ({"sparse_n_params": 0}, "sparse_n_params=0 leaves nothing to train"),
         ({"sparse_n_params": 5, "sparse_density": 0.1}, "both say how many entries"),
         ({"sparse_basis_steps": 0}, "sparse_basis_steps=0 gives no gradient"),
+        ({"sparse_target_modules": ["dense"]}, r"one regular expression, .* got \['dense'\]; join several by \|"),
     ],
 )
 def test_bad_arguments(tmp_path, options, message):

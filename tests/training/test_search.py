@@ -102,6 +102,8 @@ def test_a_trial_is_a_run_with_its_values(tmp_path, name):
         ("lora", "seed", [1, 2], {}),
         ("sparse", "sparse_basis_refresh_steps", [0, 1], {
             "sparse_basis_steps": 2, "sparse_density": 0.1, "sparse_support": "static", "learning_rate": 1e-2}),
+        # each support has a default rate of its own
+        ("sparse", "sparse_support", ["structured", "dynamic"], {"sparse_basis_steps": 2, "sparse_density": 0.1}),
         ("gradientless", "search_method", ["gld", "adam"], {"feature_cache_gb": 0.0}),
     ],
 )  # fmt: skip

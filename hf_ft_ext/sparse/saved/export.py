@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import save_file
 from torch import nn
@@ -131,6 +132,17 @@ def _adapter_factors(model: PeftModel) -> Factors:
         raise InputError(
             f"the active adapter {names} is not a SparseGrad adapter; call model.set_adapter with the one to export"
         )
+    of_others = (
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, SparseGradLayer)
+    )
+    for path, module in of_others:  # kinds of a mixture
+        if not module._get_available_adapters().isdisjoint(active):
+            raise InputError(
+                f"the active adapter also changes {shown_name(path)} by a {type(module).__name__}, which this export "
+                "would leave out; keep the adapter as it is"
+            )
     return found
 
 

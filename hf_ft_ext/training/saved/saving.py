@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from hf_ft_ext.adapters.folder import save_configuration, set_base_name
 from hf_ft_ext.errors import InputError, first_line
@@ -132,6 +132,26 @@ class CompleteSaves(_Trainer):
         super()._save(output_dir, state_dict)
         if isinstance(model, PeftModel) and self.args.should_save:
             save_configuration(model, output_dir if output_dir is not None else self.args.output_dir)
+
+
+def checkpoint_to_resume(resume_from_checkpoint: str | bool | None, output_dir: str) -> str | None:
+    """The folder that `Trainer.train(resume_from_checkpoint)` continues from; `True` is the latest in `output_dir`.
+
+    Raises:
+        InputError: there is none.
+    """
+    if not resume_from_checkpoint:
+        return None
+    if isinstance(resume_from_checkpoint, bool):
+        found = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
+        if found is None:
+            raise InputError(f"resume_from_checkpoint=True: {output_dir!r} holds no checkpoint; leave it out")
+        return found
+    if not os.path.isdir(resume_from_checkpoint):
+        raise InputError(
+            f"resume_from_checkpoint={resume_from_checkpoint!r} is not a folder; pass a checkpoint-<step> of a run"
+        )
+    return resume_from_checkpoint
 
 
 def plain_outputs(model: nn.Module) -> None:

@@ -4,14 +4,14 @@ import logging
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from sparse_trainer import INPUTS, logits, structured
 from test_families import build, inputs
 from tiny import tiny_model
 from transformers import AutoModelForSequenceClassification
 
-from hf_ft_ext import InputError, export_lora
+from hf_ft_ext import InputError, LayerMixtureConfig, SparseGradConfig, export_lora
 from hf_ft_ext.adapters.sparse_grad.model import sparse_grad_layers
 
 
@@ -29,6 +29,15 @@ def test_exported_as_lora_plain_peft_gives_the_same(tmp_path, model_type):
     expected = trainer.model.eval()(**rows).logits
     torch.testing.assert_close(loaded(**rows).logits, expected, rtol=1e-4, atol=1e-5)
     assert (expected - make_model().eval()(**rows).logits).abs().max() > 1e-4
+
+
+def test_a_mixture_with_other_kinds_is_not_exported_in_part(tmp_path):
+    kinds = {"sparse": SparseGradConfig(init="random", init_std=0.1), "lora": LoraConfig(r=2)}
+    model = get_peft_model(tiny_model(), LayerMixtureConfig(kinds=kinds, layers={0: "sparse", 1: "lora"}))
+    with pytest.raises(
+        InputError, match=r"adapter also changes bert\.encoder\.layer\.1\.attention\.self\.query by a Lin"
+    ):
+        export_lora(model, tmp_path)
 
 
 def test_a_truncated_export_is_the_best_of_its_rank_and_says_its_error(tmp_path, caplog):
