@@ -96,14 +96,17 @@ def attach_entries(model: nn.Module, chosen: dict[str, torch.Tensor]) -> None:
         chosen: parameter name -> flat indices.
 
     Raises:
-        InputError: an unknown parameter, one that several modules share, or indices that are out of range, repeated,
-            or not a vector of integers, such as a mask.
+        InputError: an unknown parameter, one that several modules share or whose entries train already, or indices
+            that are out of range, repeated, or not a vector of integers, such as a mask.
     """
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    trained = entries_of(model)
     for name, indices in chosen.items():
+        if (weight := name.removesuffix(f"{_SUFFIX}.values")) in trained:
+            raise InputError(f"the model already trains entries of {weight}; call merge_entries(model) first")
         if name not in parameters:
             raise InputError(f"the model has no parameter {name!r}; pass names of model.named_parameters()")
         if len(shared := names[id(parameters[name])]) > 1:

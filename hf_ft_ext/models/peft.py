@@ -185,6 +185,11 @@ def wrap_with_peft(
             f"{option}={kind} needs a number of virtual tokens; pass it in {option}_config, such as "
             '{"num_virtual_tokens": 20}'
         )
+    if tokens and settings.get("task_type", task_type_of(model)) is None:
+        raise InputError(
+            f"{option}={kind} puts virtual tokens in front of texts, and {type(model).__name__} is not one of the "
+            "models of texts for which peft does so; use lora, ia3 or another method of peft that changes layers"
+        )
     heads = list(dict.fromkeys(trained_in_full(model)))
     asked = settings.get("modules_to_save")
     if asked is None:
@@ -204,7 +209,7 @@ def wrap_with_peft(
             wrapped = _wrapped(model, config)
             if real:
                 start_from_activations(wrapped)
-    except (TypeError, ValueError, NotImplementedError) as error:
+    except (AttributeError, TypeError, ValueError, NotImplementedError) as error:
         reason = str(error).split(". ")[0].splitlines()[0]
         raise InputError(f"{option}={kind} with {option}_config={given} does not work: {reason}") from error
     if config.is_prompt_learning:
@@ -307,7 +312,7 @@ def _with_targets(
     settings, known = dict(settings), {field.name for field in fields(config_class)}
     table = getattr(PEFT_TYPE_TO_TUNER_MAPPING.get(method), "target_module_mapping", None)
     if not any(settings.get(name) for name in ("target_modules", "target_parameters")):
-        if table is not None and "target_modules" in known:
+        if table and "target_modules" in known:  # a method without a table chooses them itself (shadow)
             settings["target_modules"] = default_targets(model, table, architecture(model))
         elif method == PeftType.IA3 and architecture(model) in TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING:
             kind = architecture(model)  # peft does not look inside a prompt model

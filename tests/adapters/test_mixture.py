@@ -146,6 +146,8 @@ def test_invalid_configurations_are_refused(kinds, layers, message):
 
 
 def test_unsuitable_models_are_refused():
+    with pytest.raises(InputError, match="the mixture gives no layer an adapter; set layers"):
+        get_peft_model(small("bert"), LayerMixtureConfig(kinds=KINDS, layers={0: []}))
     with pytest.raises(InputError, match="the mixture names layer 9, and BertForSequenceClassification has layers 0"):
         get_peft_model(small("bert"), LayerMixtureConfig(kinds=KINDS, layers={9: "lora"}))
     config = LayerMixtureConfig(kinds={"lora": {"target_modules": ["qkv"]}}, layers={1: "lora"})

@@ -229,6 +229,17 @@ def test_entries_that_do_not_fit_are_refused(chosen, message):
         attach_entries(tiny_model(), chosen)
 
 
+def test_entries_of_trained_entries_are_refused():
+    model = tiny_model()
+    attach_entries(model, {"classifier.bias": torch.tensor([1])})
+    for name in ("classifier.bias", "classifier.bias_entries.values"):
+        with pytest.raises(
+            InputError, match=r"already trains entries of classifier\.bias; call merge_entries\(model\)"
+        ):
+            attach_entries(model, {name: torch.tensor([0])})
+    attach_entries(model, {"classifier.weight": torch.tensor([0])})
+
+
 def test_shared_weights_are_refused():
     model = tiny_model()
     model.bert.encoder.layer[1].output.dense.weight = model.bert.encoder.layer[0].output.dense.weight

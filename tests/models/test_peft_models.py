@@ -121,6 +121,23 @@ def test_methods_that_lack_something(kind, message):
         wrap_with_peft(tiny_model(), kind, None, 0)
 
 
+@pytest.mark.parametrize("kind", ["prompt_tuning", "prefix_tuning", "p_tuning"])
+def test_virtual_tokens_are_for_texts(kind):
+    with pytest.raises(InputError, match=f"peft={kind} puts virtual tokens in front of texts, and ViTForImageClassi"):
+        wrap_with_peft(other_model("vit"), kind, {"num_virtual_tokens": 2}, 0)
+
+
+def test_a_method_without_a_table_chooses_its_own_targets():
+    wrapped = wrap_with_peft(tiny_classifier("llama"), "shadow", None, 0).eval()
+    adapted = [
+        name.removeprefix("base_model.model.model.") for name, m in wrapped.named_modules() if "shadow_up" in dir(m)
+    ]
+    assert adapted == ["layers.0", "layers.1"]
+    assert wrapped(**classifier_rows()).logits.isfinite().all()
+    with pytest.raises(InputError, match="peft=shadow with peft_config=None does not work: Unable to automatically"):
+        wrap_with_peft(other_model("wav2vec2"), "shadow", None, 0)
+
+
 def test_ia3_without_an_entry_in_its_table():
     wrapped = wrap_with_peft(tiny_classifier("mpnet"), "ia3", None, 0)
     config = wrapped.peft_config["default"]

@@ -40,6 +40,10 @@ class LayerMixtureModel(LayerTuner):
         config = self.peft_config[adapter_name]
         if not isinstance(config, LayerMixtureConfig):
             raise InputError(f"adapter {adapter_name!r} is a {config.peft_type}; this model takes LAYER_MIXTURE only")
+        if not any(config.layers.values()):
+            raise InputError(
+                "the mixture gives no layer an adapter; set layers, which maps numbers of layers to names of kinds"
+            )
         known = names_by_layer(model, config.layers_pattern)
         if missing := [layer for layer in config.layers if int(layer) not in known]:
             shown = f"{min(known)} to {max(known)}" if known else "none"
