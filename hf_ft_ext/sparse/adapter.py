@@ -52,10 +52,7 @@ def add_sparse_grad(model: PreTrainedModel, args: SparseTrainingArguments) -> Pe
     """
     if carries_adapters(model):
         raise InputError("the model carries PEFT adapters; pass the base model, or merge the adapters first")
-    targets = None
-    if args.sparse_target_modules is not None:
-        found = find_targets(model, args.sparse_target_modules, can_be_adapted)
-        targets = within_layers(model, [plain_name(name) for name in found])
+    targets = find_targets(model, args.sparse_target_modules, can_be_adapted)
     heads = trained_in_full(model)
     check_heads(model, heads)
     config = SparseGradConfig(
@@ -65,7 +62,7 @@ def add_sparse_grad(model: PreTrainedModel, args: SparseTrainingArguments) -> Pe
         init=INITS[args.sparse_basis],
         scope=PER_KIND if args.basis_scope == PER_KIND else PER_LAYER,
         seed=args.seed,
-        target_modules=targets,
+        target_modules=within_layers(model, [plain_name(name) for name in targets]),
         modules_to_save=[*heads, *saved_for_statistics(model, heads)] or None,
     )
     with seeded_init(args.seed):

@@ -31,9 +31,7 @@ def find_targets(
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise InputError("the model carries PEFT adapters; pass the base model, or merge the adapters first")
     if pattern is None:
-        names = feed_forward_linears(
-            model, is_plain_linear, "sparse_target_modules", "train as sparse_train_rest says"
-        )
+        names = feed_forward_linears(model, fits, "sparse_target_modules", "train as sparse_train_rest says")
         return {name: _linear(name, model) for name in names}
     known = ", ".join(linear_kinds(model))
     try:

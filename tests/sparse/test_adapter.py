@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from classifiers import tiny_classifier
 from peft import LoraConfig, PeftModel, get_peft_model
 from sparse_trainer import INPUTS, OPTIONS, assert_close, logits, make, structured, weights
 from test_families import build
@@ -285,6 +286,8 @@ def test_settings_that_an_adapter_lacks_convert_layers_and_are_logged(tmp_path, 
 
 
 def test_refusals(tmp_path):
+    with pytest.raises(InputError, match=r"select layers with sparse_target_modules, a regular expression"):
+        structured(tmp_path, tiny_classifier("squeezebert"))
     with pytest.raises(InputError, match="carries PEFT adapters; pass the base model"):
         structured(tmp_path, get_peft_model(tiny_model(), LoraConfig(task_type="SEQ_CLS")))
     with pytest.raises(InputError, match="matches no layer; linear layers here"):
