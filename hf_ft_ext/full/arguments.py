@@ -75,8 +75,8 @@ class FullTrainingArguments(MethodTrainingArguments):
             raise InputError(f"fix_layers must be 0 or more, got {self.fix_layers}")
         if not isinstance(self.peft_config, dict | None):
             raise InputError(
-                f"peft_config must be a mapping of settings, got a {type(self.peft_config).__name__}; pass such as "
-                '{"r": 8}, or wrap the model by get_peft_model and leave peft out'
+                f"peft_config must be a mapping of settings, got a {type(self.peft_config).__name__}; pass settings "
+                'such as {"r": 8}, or wrap the model by get_peft_model and leave peft out'
             )
         if self.peft_config and self.peft is None:
             raise InputError("peft_config needs peft; pass a method of peft, such as peft=prefix_tuning")
