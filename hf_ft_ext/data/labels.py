@@ -115,11 +115,12 @@ def problem_type(raws: Sequence[RawLabels], task: Task | None, wanted: str | Non
     return REGRESSION
 
 
-def check_spelling(raw: RawLabels, wanted: str | None = None) -> None:
+def check_spelling(raw: RawLabels, task: Task | None = None, wanted: str | None = None) -> None:
     """Check for label names that look like numbers, or that differ only in spaces or case.
 
     Args:
         raw: labels without missing ones.
+        task: a known task, whose own names may be written in any case.
         wanted: the problem type that the user passed; a classification accepts any name.
 
     Raises:
@@ -154,7 +155,7 @@ def check_spelling(raw: RawLabels, wanted: str | None = None) -> None:
             min(names - numbers),
         )
     plain: dict[str, str] = {}
-    for name in sorted(names):
+    for name in sorted({_canonical(name, task) for name in names}):
         other = plain.setdefault(_plain(name), name)
         if other == name:
             continue

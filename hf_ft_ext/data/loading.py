@@ -226,7 +226,7 @@ def _labelled_splits(
     raws = [_labels_of(role, name, data, label_column) for role, name, data in roles]
     labelled = [raw for raw in raws if raw is not None]
     for found in labelled:
-        lb.check_spelling(found, data_args.problem_type)
+        lb.check_spelling(found, task, data_args.problem_type)
     kind = lb.problem_type(labelled, task, data_args.problem_type)
     names, columns = _convert(labelled, kind, task, any(role == "train" for role, _, _ in roles))
     feature = ClassLabel(names=names) if names else Value("float32")

@@ -268,3 +268,7 @@ def test_labels_that_look_alike_are_said(load, tmp_path, caplog):
     (tmp_path / "t.csv").write_text("text,label\na,0\nb,1\nc,NA\n")
     assert load(train_file=str(tmp_path / "t.csv")).label_names == ["0", "1", "NA"]
     assert "label 'NA' among numbers is taken as a class; remove these rows if it marks missing" in caplog.text
+    caplog.clear()
+    (tmp_path / "t.csv").write_text("sentence,label\na,negative\nb,Positive\nc,NEGATIVE\n")
+    assert load(train_file=str(tmp_path / "t.csv"), task_name="sst2").label_names == ["negative", "positive"]
+    assert "two classes" not in caplog.text  # the task's names in any case

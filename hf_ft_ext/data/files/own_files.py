@@ -15,8 +15,8 @@ import pyarrow as pa
 from datasets import Dataset, Features, IterableDataset, Value
 
 from hf_ft_ext.data.files.dialect import AUTO
-from hf_ft_ext.data.files.records import LIST_OF, NESTED, Records, open_records
-from hf_ft_ext.data.files.tables import FLOAT, INT, MISSING, TEXT, UNKNOWN, Table, converted, open_table
+from hf_ft_ext.data.files.records import LIST_OF, NESTED, Records, common_kind, open_records
+from hf_ft_ext.data.files.tables import INT, MISSING, TEXT, UNKNOWN, Table, converted, open_table
 from hf_ft_ext.data.files.text_files import UnreadableFile, data_suffix
 from hf_ft_ext.errors import InputError
 
@@ -87,8 +87,9 @@ def open_own_files(
     kinds = _joint([kinds for parts in opened.values() for _, kinds in parts])
     result: dict[str, Dataset | IterableDataset] = {}
     for split, parts in opened.items():
-        own = _types_of_split([found for _, found in parts])
-        columns = tuple((name, _kind_of(name, own[name], kinds[name])) for name in own)
+        found = {name: kinds for (name, _), (_, kinds) in zip(files[split], parts, strict=True)}
+        own = _types_of_split(split, found, reading.text | reading.labels)
+        columns = tuple((name, _kind_of(own[name], kinds[name])) for name in own)
         sources = tuple(source for source, _ in parts)
         values = {
             "sources": sources,
@@ -188,17 +189,43 @@ def _joint(found: Sequence[dict[str, str]]) -> dict[str, str]:
     return joint
 
 
-def _types_of_split(found: Sequence[dict[str, str]]) -> dict[str, str]:
-    """Return the types of the columns that all files of a split have."""
-    own = {name: kind for name, kind in found[0].items() if all(name in kinds for kinds in found)}
-    for kinds in found[1:]:
-        for name in own:
-            if own[name] == UNKNOWN or {own[name], kinds[name]} == {INT, FLOAT}:
-                own[name] = FLOAT if own[name] == FLOAT else kinds[name]
+def _types_of_split(
+    split: str, found: Mapping[str, Mapping[str, str]], wanted: Collection[str] = ()
+) -> dict[str, str]:
+    """Return the types of the columns that all files of a split have in common; others are logged.
+
+    Args:
+        split: its name.
+        found: the types of each file's columns, by the file's name for messages.
+        wanted: columns of texts and labels.
+
+    Raises:
+        InputError: files give a wanted column types that have nothing in common, such as lists and single labels.
+    """
+    own = {}
+    for column in dict.fromkeys(name for kinds in found.values() for name in kinds):
+        lacking = next((file for file, kinds in found.items() if column not in kinds), None)
+        if lacking is not None:
+            logger.warning("split '%s': column '%s' is left out: %s has none", split, column, lacking)
+            continue
+        kinds = {file: kinds[column] for file, kinds in found.items() if kinds[column] != UNKNOWN}
+        own[column] = common_kind(set(kinds.values()), True)
+        if own[column] != NESTED:
+            continue
+        if column in wanted:
+            raise InputError(
+                f"column '{column}' of split '{split}' holds values of several types: "
+                + ", ".join(f"{kind} in {file}" for file, kind in kinds.items())
+                + "; write the same type in all files"
+            )
+        del own[column]
+        logger.info("split '%s': column '%s' is left out: its files hold values of several types", split, column)
     return own
 
 
-def _kind_of(name: str, own: str, joint: str) -> str:
+def _kind_of(own: str, joint: str) -> str:
+    if own.startswith(LIST_OF):
+        return own
     if joint == TEXT or own == UNKNOWN:
         return joint or TEXT
     return own

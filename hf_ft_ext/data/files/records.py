@@ -90,7 +90,7 @@ class Records:
             for name, value in zip(self.names, fields or (), strict=False):
                 if value is not None:
                     found[name].add(_kind(value))
-        return {name: _common(kinds, name in text) for name, kinds in found.items()}
+        return {name: common_kind(kinds, name in text) for name, kinds in found.items()}
 
 
 def open_records(path: str, limit: int | None = None) -> tuple[Records, list[str]]:
@@ -192,15 +192,15 @@ def _kind(value: Any) -> str:
         inner = {_kind(entry) for entry in value if entry is not None}
         if _WIDE in inner and inner <= {"int64", _WIDE}:
             return LIST_OF + _WIDE  # whether it is text depends on the other lists
-        return LIST_OF + ("" if not inner else _common(inner, False))
+        return LIST_OF + ("" if not inner else common_kind(inner, False))
     return NESTED
 
 
-def _common(kinds: set[str], text: bool) -> str:
-    """Return a common type of all `kinds`, or `NESTED` if there is none."""
+def common_kind(kinds: set[str], text: bool) -> str:
+    """Return a common type of all `kinds`, or `NESTED` if there is none; with `text`, texts and numbers are text."""
     lists = {kind for kind in kinds if kind.startswith(LIST_OF)}
     if lists and lists == kinds:
-        inner = _common({kind.removeprefix(LIST_OF) for kind in lists} - {""}, False)
+        inner = common_kind({kind.removeprefix(LIST_OF) for kind in lists} - {""}, text)
         return NESTED if inner.startswith((LIST_OF, NESTED)) else LIST_OF + (inner or "string")
     if _WIDE in kinds and kinds <= {"int64", "float64", "string", _WIDE}:
         # As numbers with decimals, different ids would be equal; so they are text, as in a csv file.

@@ -1,5 +1,8 @@
 """Own files: every format, finding columns and labels, and what each fault says."""
 
+import json
+import logging
+
 import pytest
 from datasets import Dataset
 
@@ -178,6 +181,34 @@ def test_faults_between_files(load, write):
     write("test.csv", {"text": ["a", "b"], "label": ["x", None]})
     with pytest.raises(InputError, match="1 of 2 rows of split 'test' have no label"):
         load(train_file="train.csv", test_file="test.csv")
+    write("train.jsonl", {"text": ["a", "b"], "label": [["x"], ["y"]]})
+    write("dev.jsonl", {"text": ["a", "b"], "label": ["x", "y"]})
+    with pytest.raises(InputError, match="of split 'validation' holds .*, but lists in other splits"):
+        load(train_file="train.jsonl", validation_file="dev.jsonl")
+
+
+def test_files_of_one_split_with_other_types(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    folder = tmp_path / "rows"
+    folder.mkdir()
+
+    def load(*files):
+        for i, rows in enumerate(files):
+            text = "".join(json.dumps({"text": "a"} | row) + "\n" for row in rows)
+            (folder / f"train-{i}.jsonl").write_text(text)
+        return load_data(DataArguments(dataset_name=str(folder)), cache_dir=str(tmp_path / "cache"))
+
+    for lists, single, kind in [([["x"], ["y"]], ["x", "y"], "string"), ([[1], [2]], [1, 2], "int64")]:
+        lists, single = [{"label": label} for label in lists], [{"label": label} for label in single]
+        for first, second in [(lists, single), (single, lists)]:
+            with pytest.raises(InputError, match=f"column 'label' of split 'train' holds .* types: .*{kind} in .*-1"):
+                load(first, second)
+    mixed = load([{"label": ["x"]}, {"label": ["y"]}], [{"label": [1]}])
+    assert mixed.label_names == ["1", "x", "y"]
+    other = load([{"label": "x", "tag": [1]}, {"label": "y", "tag": [2], "more": 1}], [{"label": "x", "tag": 3}])
+    assert len(other.train) == 3
+    assert "column 'tag' is left out: its files hold values of several types" in caplog.text
+    assert "column 'more' is left out: file" in caplog.text
 
 
 def test_faults_of_files(load, tmp_path):
