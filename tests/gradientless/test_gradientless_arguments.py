@@ -175,7 +175,7 @@ def test_the_default_rate_of_a_head_learns(tmp_path):
     [
         (
             {"search_target": "nothing"},
-            r"search_target='nothing' matches no parameter; parameters of this model: .*cl",
+            r"search_target='nothing' matches no parameter; pass a pattern that .*parameters of this model: .*cl",
         ),
         ({"search_options": "5x6"}, r"would need 375,0\d\d evaluations, more than max_evaluations_per_step=10,000"),
         ({"search_candidates": 5, "max_evaluations_per_step": 20}, "would need 29 evaluations, more than max_eval"),
@@ -265,7 +265,7 @@ def test_labels_are_needed(tmp_path):
 
 
 def test_a_module_without_a_base_model_needs_a_target(tmp_path):
-    with pytest.raises(InputError, match="search_target='head' matches no parameter"):
+    with pytest.raises(InputError, match="'head' matches no parameter; pass all, a pattern .*untie_words; param"):
         GradientlessTrainer(
             nn.Linear(2, 2), GradientlessTrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
         )

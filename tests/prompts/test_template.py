@@ -94,6 +94,13 @@ def test_mappings(mapping):
     assert parse_mapping(mapping, POLARITY) == ["bad", "good"]
 
 
+def test_mappings_of_labels_that_are_numbers_or_differ_in_case():
+    for first in (0, 1):
+        mapping = {first + i: word for i, word in enumerate(("bad", "so", "good"))}
+        assert parse_mapping(mapping, ["1", "2", "3"]) == ["bad", "so", "good"]
+    assert parse_mapping({"good": "a", "Good": "b", "BAD": "c"}, ["Good", "bad", "good"]) == ["b", "c", "a"]
+
+
 @pytest.mark.parametrize(
     ("mapping", "labels", "message"),
     [

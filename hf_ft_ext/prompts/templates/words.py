@@ -25,7 +25,7 @@ def parse_mapping(mapping: dict[Any, str] | str, labels: Sequence[str] | None) -
 
     Args:
         mapping: label (id, or name in any case) -> word. As text: JSON or a Python dictionary of plain strings and
-            numbers, which is parsed, never executed.
+            numbers, which is parsed, never executed. Numbers are names of labels if all of them are.
         labels: label names by id; `None` = a regression, whose labels are 0 (lower end) and 1 (upper end).
 
     Raises:
@@ -39,12 +39,9 @@ def parse_mapping(mapping: dict[Any, str] | str, labels: Sequence[str] | None) -
             f"mapping {mapping!r} has {len(pairs)} words, but a regression needs two: one for the lower end of the "
             "scale and one for the upper end, such as {'0': 'No', '1': 'Yes'}"
         )
-    by_name = {str(label).lower(): i for i, label in enumerate(known)}
+    ids = _label_ids([str(key) for key, _ in pairs], [str(label) for label in known])
     words: dict[int, str] = {}
-    for key, word in pairs:
-        i = by_name.get(str(key).lower())
-        if i is None and str(key).isdigit() and int(key) < len(known):
-            i = int(key)
+    for (key, word), i in zip(pairs, ids, strict=True):
         if i is None:
             raise InputError(f"mapping {mapping!r} has the unknown label {key!r}; the labels are: {_listed(known)}")
         if i in words:
@@ -64,6 +61,17 @@ def parse_mapping(mapping: dict[Any, str] | str, labels: Sequence[str] | None) -
                 f"mapping {mapping!r} maps both {other!r} and {known[i]!r} to {word!r}; choose different words"
             )
     return ordered
+
+
+def _label_ids(keys: Sequence[str], names: Sequence[str]) -> list[int | None]:
+    """Return the label id that each key of a mapping stands for; `None` = none."""
+    in_any_case = {name.lower(): i for i, name in enumerate(names)}
+    exact = {name: i for i, name in enumerate(names)}  # names may differ only in case
+    by_name = [exact.get(key, in_any_case.get(key.lower())) for key in keys]
+    by_id = [int(key) if key.isdecimal() and int(key) < len(names) else None for key in keys]
+    if None in by_name and None not in by_id:  # ids 0, 1 and 2 of the labels 1, 2 and 3
+        return by_id
+    return [number if name is None else name for name, number in zip(by_name, by_id, strict=True)]
 
 
 def check_word_scoring(word_scoring: str, reading: Reading, untie_words: bool) -> None:
