@@ -402,6 +402,14 @@ def test_other_bad_input(caplog):
     for search in (two, SPSA(model.parameters(), model)):
         with pytest.raises(InputError, match="pass all groups to its constructor instead of add_param_group"):
             search.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+        with pytest.raises(InputError, match="closure returned nothing; return the loss of the batch, one number"):
+            search.step(lambda: None)
+        with pytest.raises(InputError, match=r"closure returned a tensor of shape \(8, 3\); return the loss"):
+            search.step(lambda: torch.zeros(8, 3))
+    with pytest.raises(InputError, match="eps=0.5 of a group of parameters has no effect; pass it to SPSA for all"):
+        SPSA([{"params": model.parameters(), "eps": 0.5}], model)
+    with pytest.raises(InputError, match="seed=1 of a group of parameters has no effect"):
+        DirectSearch([{"params": model.parameters(), "seed": 1, "options": "2x1"}])
     for options in ("00x1", 3):
         with pytest.raises(InputError, match="options must be 'none' or options per level x levels"):
             DirectSearch(model.parameters(), options=options)

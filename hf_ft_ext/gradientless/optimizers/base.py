@@ -1,5 +1,6 @@
 """Base class of the gradient-free optimizers: private generator, step before the training loop's own, counts."""
 
+import inspect
 import itertools
 import math
 import warnings
@@ -70,12 +71,18 @@ class GradientFreeOptimizer(CopyableOptimizer):
         """As in torch, while the optimizer is made; a search is set up for the tensors that it has then.
 
         Raises:
-            InputError: a call after that.
+            InputError: a call after that, or a group with a setting of the whole search.
         """
         if self._has_groups:
             raise InputError(
                 f"{type(self).__name__} searches the parameters that it was made with; pass all groups to its "
                 "constructor instead of add_param_group"
+            )
+        of_all = inspect.signature(type(self).__init__).parameters.keys() - self.defaults.keys() - {"params"}
+        if isinstance(param_group, dict) and (wrong := sorted(of_all & param_group.keys())):
+            raise InputError(
+                f"{wrong[0]}={param_group[wrong[0]]!r} of a group of parameters has no effect; pass it to "
+                f"{type(self).__name__} for all of them (a group may have {', '.join(self.defaults)})"
             )
         super().add_param_group(param_group)
 
@@ -108,7 +115,7 @@ class GradientFreeOptimizer(CopyableOptimizer):
 
     def _current_loss(self, closure: Closure) -> float:
         mine = self.exchange.mine(1)
-        losses = torch.tensor([float(closure()) if len(mine) else 0.0], dtype=torch.float64)
+        losses = torch.tensor([loss_of(closure) if len(mine) else 0.0], dtype=torch.float64)
         self.evaluations += 1
         return self._checked_current(self.exchange.combine(losses)[0])
 
@@ -152,6 +159,19 @@ class GradientFreeOptimizer(CopyableOptimizer):
             raise ValueError(f"this is not a state of {type(self).__name__}: it has no entry {_OWN_STATE!r}")
         super().load_state_dict({key: value for key, value in state_dict.items() if key != _OWN_STATE})
         self._load_own_state(state_dict[_OWN_STATE])
+
+
+def loss_of(closure: Closure) -> float:
+    """The loss that the closure returns.
+
+    Raises:
+        InputError: it returns nothing, or several numbers.
+    """
+    loss = closure()
+    if loss is None or (isinstance(loss, torch.Tensor) and loss.numel() != 1):
+        found = "nothing" if loss is None else f"a tensor of shape {tuple(loss.shape)}"
+        raise InputError(f"the closure returned {found}; return the loss of the batch, one number")
+    return float(loss)
 
 
 def check_rates(lr: float, weight_decay: float) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.gradientless.optimizers.base import Closure, GradientFreeOptimizer, report_accepted
+from hf_ft_ext.gradientless.optimizers.base import Closure, GradientFreeOptimizer, loss_of, report_accepted
 from hf_ft_ext.gradientless.optimizers.blocks import ParameterBlock
 from hf_ft_ext.gradientless.optimizers.candidates import Candidates, IndexView, read_views, write_views
 from hf_ft_ext.gradientless.optimizers.groups import check_group, evaluations, warn_of_sampling_size
@@ -295,7 +295,7 @@ class Sequential:
         try:
             for row in rows:
                 write_views(views, candidates.row(row))
-                losses.append(float(self.closure()))
+                losses.append(loss_of(self.closure))
         finally:
             write_views(views, saved)
         return torch.tensor(losses, dtype=torch.float64)

@@ -8,7 +8,7 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.gradientless.optimizers.base import Closure, check_perturbation, report_accepted
+from hf_ft_ext.gradientless.optimizers.base import Closure, check_perturbation, loss_of, report_accepted
 from hf_ft_ext.gradientless.optimizers.estimated import GradientEstimator
 from hf_ft_ext.gradientless.optimizers.perturbation.directions import compute_type, without_autocast
 from hf_ft_ext.gradientless.optimizers.perturbation.update_rules import ADAM
@@ -98,7 +98,7 @@ class NodePerturbation(GradientEstimator):
                 "`nodes` and `node_losses`, such as HeadEvaluation, or use SPSA"
             )
         self.steps += 1
-        loss = self._checked_current(float(closure()))
+        loss = self._checked_current(loss_of(closure))
         self.evaluations += 1
         estimates: dict[int, torch.Tensor] = {}
         nodes = list(evaluate.nodes())

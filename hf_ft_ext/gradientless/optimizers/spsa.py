@@ -16,6 +16,7 @@ from hf_ft_ext.gradientless.optimizers.base import (
     GradientFreeOptimizer,
     check_rates,
     keep_freed_memory,
+    loss_of,
     sample_sum,
 )
 from hf_ft_ext.gradientless.optimizers.groups import check_block
@@ -252,9 +253,9 @@ class SPSA(GradientFreeOptimizer):
     def perturbed_loss(self, closure: Closure, combination: Combination) -> float:
         """The closure's loss with the combination added to the searched weights."""
         if not combination:
-            return float(closure())
+            return loss_of(closure)
         with self.perturbed_forward(combination):
-            return float(closure())
+            return loss_of(closure)
 
     def _losses_at_once(
         self, combinations: Sequence[Combination], closure: Closure, repeated: Callable
