@@ -34,7 +34,11 @@ _KINDS = {
     float: "a number",
     bool: "true or false",
 }
-_ENTRY = ("variant", "seed", "folder", "log", "state", "reason", "seconds", "command")
+_ENTRY: dict[str, tuple[type, ...]] = {  # a run of a comparison
+    "variant": (str,), "seed": (int,), "folder": (str,), "log": (str,), "state": (str,), "reason": (str,),
+    "seconds": _NUMBER, "command": (str,),
+}  # fmt: skip
+_GENERATION: dict[str, tuple[type, ...]] = {"prompt": (str, list), "prediction": (str,)}
 
 
 @dataclass(frozen=True)
@@ -131,16 +135,26 @@ def checked_record(value: Any) -> dict[str, Any]:
     Raises:
         ValueError: it is not a record of this package: a key is missing, or its value has another type.
     """
+    _check_kinds(value, _REQUIRED, _OPTIONAL)
+    for generation in value.get("generations") or ():
+        _check_kinds(generation, _GENERATION, {}, "one of its generations")
+    return {**dict.fromkeys(_OPTIONAL), **value}
+
+
+def _check_kinds(
+    value: Any, required: dict[str, tuple[type, ...]], optional: dict[str, tuple[type, ...]], part: str = ""
+) -> None:
+    """Raise `ValueError` unless `value` is an object whose values have these types; optional ones may be missing."""
     if not isinstance(value, dict):
-        raise ValueError(f"it contains {_kind(value)}, not an object")
-    for key, kinds in {**_REQUIRED, **_OPTIONAL}.items():
-        if key in _REQUIRED and key not in value:
-            raise ValueError(f"it has no {key!r}; is it of another program?")
+        raise ValueError(f"{part or 'it'} contains {_kind(value)}, not an object")
+    for key, kinds in {**required, **optional}.items():
+        if key in required and key not in value:
+            raise ValueError(f"{part or 'it'} has no {key!r}; is it of another program?")
         given = value.get(key)
         right = isinstance(given, kinds) and not isinstance(given, bool)
-        if not right and not (key in _OPTIONAL and given is None):
-            raise ValueError(f"its {key!r} is {_kind(given)}, not {_KINDS[kinds[0]]}")
-    return {**dict.fromkeys(_OPTIONAL), **value}
+        if not right and not (key in optional and given is None):
+            name = f"the {key!r} of {part}" if part else f"its {key!r}"
+            raise ValueError(f"{name} is {_kind(given)}, not {_KINDS[kinds[0]]}")
 
 
 class _Reader:
@@ -162,8 +176,7 @@ class _Reader:
             record = json.loads((folder / COMPARISON).read_text(encoding="utf-8"))
             entries, seconds = record["runs"], float(record["seconds"])
             for entry in entries:
-                if lacks := [key for key in _ENTRY if key not in entry]:
-                    raise ValueError(f"one of its runs has no {lacks[0]!r}")
+                _check_kinds(entry, _ENTRY, {"left_out": (dict,)}, "one of its runs")
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             reason = f"{COMPARISON} cannot be read ({error})"
             self.found.missing.append(Missing(str(folder), None, "unreadable", reason))

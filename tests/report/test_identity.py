@@ -155,6 +155,8 @@ def test_other_devices_and_versions_of_a_rows_seeds_are_named(tmp_path):
         ({"arguments": ["a"]}, "its 'arguments' is a list"),
         ({"artefact_bytes": "12 MB"}, "its 'artefact_bytes' is a text"),
         ({"versions": 3}, "its 'versions' is a whole number"),
+        ({"generations": [3]}, "one of its generations contains a whole number, not an object"),
+        ({"generations": [{"prompt": "a"}]}, "one of its generations has no 'prediction'"),
     ],
 )
 def test_unreadable_records_are_reported_in_one_line(tmp_path, capsys, content, reason):
@@ -169,10 +171,29 @@ def test_unreadable_records_are_reported_in_one_line(tmp_path, capsys, content, 
     assert len(lines) == 1 and "unreadable: run.json cannot be read" in lines[0] and reason in lines[0]
 
 
+_ENTRY = {
+    "variant": "full", "seed": 1, "folder": "runs/full-1", "log": "runs/full-1.log", "state": "failed", "reason": "",
+    "seconds": 1.0, "command": "run_glue.py",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "content", ["[]", "{", '{"runs": 3, "seconds": 1}', '{"runs": [{}], "seconds": 1}', '{"a": 1}']
+    "content",
+    [
+        "[]",
+        "{",
+        '{"runs": 3, "seconds": 1}',
+        '{"runs": [{}], "seconds": 1}',
+        '{"a": 1}',
+        *(
+            json.dumps({"runs": [_ENTRY | wrong], "seconds": 1})
+            for wrong in ({"seconds": None}, {"log": None}, {"left_out": ["full"]})
+        ),
+    ],
 )
 def test_an_unreadable_comparison_is_reported_in_one_line(tmp_path, content):
+    (tmp_path / "comparison.json").write_text(json.dumps({"runs": [_ENTRY], "seconds": 1}))
+    assert find_runs([tmp_path]).missing[0].name == "full"
     (tmp_path / "comparison.json").write_text(content)
     (missing,) = find_runs([tmp_path]).missing
     assert "comparison.json cannot be read" in missing.reason
