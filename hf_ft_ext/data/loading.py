@@ -23,7 +23,7 @@ from hf_ft_ext.data.task_data import LABEL, TaskData
 from hf_ft_ext.data.tasks import GLUE_ID, Task, get_task
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.metrics import default_metrics, metric_function
-from hf_ft_ext.problem_types import CLASSIFICATION, MULTI_LABEL, REGRESSION
+from hf_ft_ext.problem_types import MULTI_LABEL, REGRESSION
 
 _NO_TEXT = {"id", "idx", "index", "guid", "label_text"}
 _STRINGS = {"string", "large_string", "string_view"}
@@ -382,7 +382,7 @@ def _positive_label(data_args: DataArguments, task: Task | None, names, kind: st
     wanted = data_args.positive_label
     if wanted is None and task is not None and task.positive_label in (names or ()):
         wanted = task.positive_label if kind != REGRESSION else None
-    if names is not None and len(names) == 1 and kind == CLASSIFICATION:  # the model has further labels
+    if names is not None and len(names) == 1:  # the model has further labels
         metric_function(metric, problem_type=kind)
         return wanted
     function = metric_function(metric, names, positive_label=wanted, problem_type=kind)

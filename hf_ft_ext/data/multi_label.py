@@ -60,7 +60,7 @@ def read_multi_labels(
         wanted: the problem type that the user passed, if any.
 
     Raises:
-        InputError: any other form of labels, or fewer than two labels.
+        InputError: any other form of labels, or fewer than two labels to train on. Rows to evaluate may have one.
     """
     if task is not None:
         raise InputError(
@@ -75,7 +75,10 @@ def read_multi_labels(
         names, arrays = list(columns), [_from_columns(role, name, data, columns) for role, name, data in roles]
     else:
         names, arrays = _from_lists(roles, columns[0])
-    if len(names) < 2:
+    trains = any(role == "train" for role, _, _ in roles)
+    if not names:
+        raise InputError(f"no row has a label in '{columns[0]}'; check --label_column and the data")
+    if len(names) < 2 and trains:
         raise InputError(
             f"multi-label classification needs two labels or more, but there is {len(names)} ({', '.join(names)}); "
             "for one label pass a column of its own with --label_column"

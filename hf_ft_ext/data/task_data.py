@@ -8,7 +8,7 @@ from datasets import Dataset, IterableDataset
 
 from hf_ft_ext.data.origins import Origins
 from hf_ft_ext.data.tasks import Task
-from hf_ft_ext.metrics import CLASSIFICATION, MetricFunction, metric_function
+from hf_ft_ext.metrics import MetricFunction, metric_function
 
 LABEL = "label"  # the label column of every split that `load_data` returns
 
@@ -38,7 +38,7 @@ class TaskData:
     def metric_function(self, threshold: str | float | None = None) -> MetricFunction:
         """Return `compute_metrics` of the data for the current order of labels (see `hf_ft_ext.metric_function`)."""
         names = self.label_names
-        if names is not None and len(names) == 1 and self.problem_type == CLASSIFICATION:
+        if names is not None and len(names) == 1:
             names = None  # rows to evaluate, which lack most of the model's labels; it names them later
         return metric_function(
             self.metric,

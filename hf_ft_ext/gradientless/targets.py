@@ -79,9 +79,7 @@ def searched_parameters(model: nn.Module, target: str | None) -> dict[str, nn.Pa
         advice = "pass a pattern that matches one of them, or all"
         if target == "head":  # as in language models that share their output rows with the input embeddings
             advice = "pass all, a pattern that matches one of them, or for a prompt of a causal model also untie_words"
-        raise InputError(
-            f"search_target={target!r} matches no parameter; {advice}; parameters of this model: {shown}"
-        )
+        raise InputError(f"search_target={target!r} matches no parameter; {advice}; parameters of this model: {shown}")
     return found
 
 

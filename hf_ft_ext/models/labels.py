@@ -69,10 +69,11 @@ def check_untrained_head(model: PreTrainedModel, replaced: bool, own_labels: lis
     if replaced:
         regression = model.config.problem_type == REGRESSION
         wanted = "numbers" if regression else ", ".join(list(map(str, model.config.id2label.values()))[:10])
+        outputs = f"{len(own_labels)} output{'s' * (len(own_labels) > 1)} ({', '.join(own_labels[:10])})"
+        advice = f"--problem_type {REGRESSION}" if len(own_labels) == 1 else "data with the model's labels"
         raise InputError(
-            f"model {name!r} was trained for {len(own_labels)} outputs ({', '.join(own_labels[:10])}), but this data "
-            f"has {wanted}, and without training the head for them is random; pass data with the model's labels, or "
-            "add --do_train"
+            f"model {name!r} was trained for {outputs}, but this data has {wanted}, and without training the head for "
+            f"them is random; pass {advice}, or add --do_train"
         )
     head = sorted(key for key in model.fresh_parameters if not key.startswith(f"{model.base_model_prefix}."))
     if head:

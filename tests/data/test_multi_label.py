@@ -175,6 +175,15 @@ def test_thresholds_chosen_on_the_dev_split_hold_for_the_test(files):
     assert {result["dataset"]["split"] for result in results} == {"test"}
     assert run_glue.main([*again, "--output_dir", "half", "--multi_label_threshold", "0.5"]) == 0
     assert set(json.loads(Path("half/run.json").read_text())["thresholds"].values()) == {0.5}
+    # Rows to evaluate may have one of the model's labels.
+    one = record["labels"][-1].upper()
+    rows = [{"text": files["test"][0], "label": [one]}, {"text": files["test"][1], "label": []}]
+    Path("test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run_glue.main([*again[:4], *again[7:], "--output_dir", "one"]) == 0
+    found = json.loads(Path("one/run.json").read_text())
+    predicted = [set(filter(None, row["prediction"].lower().split("|"))) for row in predictions("one/predictions.tsv")]
+    assert found["labels"] == record["labels"]
+    assert found["metrics"]["test_f1_macro"] == pytest.approx(by_hand(predicted, [{one.lower()}, set()])["f1_macro"])
 
 
 def test_a_squared_loss_gives_scores_and_no_probabilities(files, capsys):

@@ -406,7 +406,7 @@ def test_other_bad_input(caplog):
             search.step(lambda: None)
         with pytest.raises(InputError, match=r"closure returned a tensor of shape \(8, 3\); return the loss"):
             search.step(lambda: torch.zeros(8, 3))
-    with pytest.raises(InputError, match="eps=0.5 of a group of parameters has no effect; pass it to SPSA for all"):
+    with pytest.raises(InputError, match=r"eps=0\.5 of a group of parameters has no effect; pass it to SPSA for all"):
         SPSA([{"params": model.parameters(), "eps": 0.5}], model)
     with pytest.raises(InputError, match="seed=1 of a group of parameters has no effect"):
         DirectSearch([{"params": model.parameters(), "seed": 1, "options": "2x1"}])

@@ -265,7 +265,7 @@ def test_labels_are_needed(tmp_path):
 
 
 def test_a_module_without_a_base_model_needs_a_target(tmp_path):
-    with pytest.raises(InputError, match="'head' matches no parameter; pass all, a pattern .*untie_words; param"):
+    with pytest.raises(InputError, match=r"'head' matches no parameter; pass all, a pattern .*untie_words; param"):
         GradientlessTrainer(
             nn.Linear(2, 2), GradientlessTrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
         )

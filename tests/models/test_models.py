@@ -43,10 +43,12 @@ def test_labels_end_up_in_the_config(tiny_bert_dir):
     assert model.fresh_parameters == frozenset()
 
 
-def test_regression(tiny_bert_dir):
+def test_regression(tiny_bert_dir, save):
     arguments = ModelArguments(model_name_or_path=tiny_bert_dir)
     _, model = load_tokenizer_and_model(arguments, labels_only(regression=True), seed=0)
     assert (model.config.num_labels, model.config.problem_type) == (1, "regression")
+    with pytest.raises(InputError, match=r"1 output \(LABEL_0\), but this data has 0, 1.*; pass --problem_type regr"):
+        load(save(model), ("0", "1"), do_train=False)  # whole numbers as labels
 
 
 def test_a_fine_tuned_model_keeps_its_mapping(save):

@@ -20,6 +20,7 @@ from hf_ft_ext.kernel.saved.model import load_model, load_tokenizer, without_rep
 from hf_ft_ext.kernel.saved.record import COEFFICIENTS, SAVED_ARGUMENTS, SavedKernel
 from hf_ft_ext.kernel.saved.training_data import TrainingFeatures
 from hf_ft_ext.kernel.solvers import Coupling
+from hf_ft_ext.problem_types import REGRESSION
 from hf_ft_ext.training.sharing import FinishedRun, rerun_code
 
 
@@ -50,9 +51,10 @@ def load_finished(
         ) from error
     names = [str(own.id2label[i]) for i in range(own.num_labels)]
     if labels is not None and not {name.lower() for name in labels} <= {name.lower() for name in names}:
+        advice = f"--problem_type {REGRESSION}" if len(names) == 1 else "data with these labels"
         raise InputError(
             f"the kernel in {str(folder)!r} was solved for the labels {', '.join(names[:10])}, but this data has "
-            f"{', '.join(labels[:10])}; pass data with these labels"
+            f"{', '.join(labels[:10])}; pass {advice}"
         )
     if not (folder / ADAPTER_CONFIG).is_file():
         with without_report():

@@ -183,7 +183,7 @@ def test_faults_between_files(load, write):
         load(train_file="train.csv", test_file="test.csv")
     write("train.jsonl", {"text": ["a", "b"], "label": [["x"], ["y"]]})
     write("dev.jsonl", {"text": ["a", "b"], "label": ["x", "y"]})
-    with pytest.raises(InputError, match="of split 'validation' holds .*, but lists in other splits"):
+    with pytest.raises(InputError, match=r"of split 'validation' holds .*, but lists in other splits"):
         load(train_file="train.jsonl", validation_file="dev.jsonl")
 
 
