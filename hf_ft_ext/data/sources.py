@@ -210,10 +210,10 @@ def _open_files(
     for option, name in files.items():
         path = Path(name).expanduser()
         suffix = data_suffix(path)
-        if suffix not in FORMATS:
+        if suffix not in FORMATS and not path.is_dir():
             raise InputError(f"--{option} {name}: unknown file format '{path.suffix}'; use {', '.join(FORMATS)}")
         if not path.is_file():
-            raise InputError(f"--{option} {name}: there is no such file; check the path")
+            raise InputError(f"--{option} {name}: there is no such file; check the path (folders: --dataset_name)")
         kinds[name] = FORMATS[suffix]
     if len(set(kinds.values())) > 1:
         listed = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())

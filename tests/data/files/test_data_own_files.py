@@ -212,6 +212,10 @@ def test_files_of_one_split_with_other_types(tmp_path, caplog):
 
 
 def test_faults_of_files(load, tmp_path):
+    with pytest.raises(
+        InputError, match=r"--train_file .*: there is no such file; check the path .folders: --dataset_name"
+    ):
+        load(train_file=".")
     with pytest.raises(InputError, match=r"--train_file .*train.xlsx: unknown file format '.xlsx'; use .csv, .tsv"):
         load(train_file="train.xlsx")
     with pytest.raises(InputError, match=r"--train_file .*missing.csv: there is no such file"):
