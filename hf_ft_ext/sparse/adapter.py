@@ -52,9 +52,9 @@ def add_sparse_grad(model: PreTrainedModel, args: SparseTrainingArguments) -> Pe
     """
     if carries_adapters(model):
         raise InputError("the model carries PEFT adapters; pass the base model, or merge the adapters first")
-    targets = find_targets(model, args.sparse_target_modules, can_be_adapted)
     heads = trained_in_full(model)
     check_heads(model, heads)
+    targets = find_targets(model, args.sparse_target_modules, can_be_adapted)
     config = SparseGradConfig(
         task_type=task_type_of(model),
         density=args.sparse_density,
