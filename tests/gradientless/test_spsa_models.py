@@ -138,8 +138,15 @@ def test_a_loss_in_single_precision_moves_the_same_parameters(name):
 # --- state and trajectory ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("direction", "estimate", "rule"), COMBINATIONS)
+# An estimate is computed from losses: it does not depend on which of the 16-bit types the weights have.
+RESUMED = [
+    (*combination, dtype)
+    for combination, dtype in itertools.product(COMBINATIONS, (torch.float32, torch.bfloat16, torch.float16))
+    if dtype != torch.float16 or combination[1] == "two-sided"
+]
+
+
+@pytest.mark.parametrize(("direction", "estimate", "rule", "dtype"), RESUMED)
 def test_resumed_and_repeated_runs_equal_the_whole_one(tmp_path, direction, estimate, rule, dtype):
     model, file = net(dtype), io.BytesIO()
     optimizer, schedule = search(model, direction, estimate, rule)
