@@ -42,6 +42,11 @@ def tiny_model(model_type: str = "bert", seed: int = 0, **config):
         return AutoModelForSequenceClassification.from_config(config)
 
 
+def one_layer_model(model_type: str = "bert", seed: int = 0, **config):
+    """`tiny_model` with one layer, for tests of what does not depend on the number of layers: most are of trainers."""
+    return tiny_model(model_type, seed, num_hidden_layers=1, **config)
+
+
 def tiny_masked_lm(model_type: str = "bert", seed: int = 0, **config):
     """A masked language model of two small layers over the tiny tokenizer's vocabulary."""
     with torch.random.fork_rng():

@@ -9,7 +9,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast
 from heads import make
-from tiny import tiny_model
+from tiny import one_layer_model
 
 SETTINGS = {
     "gld": {"search_options": "2x1", "weight_decay": 0.01},
@@ -31,14 +31,14 @@ SETTINGS = {
         "gradient_accumulation_steps": 2,
         "learning_rate": 0.01,
     },
-    "encoder": {"search_target": r"layer\.1\.output\.dense|classifier", "learning_rate": 0.1},
+    "encoder": {"search_target": r"layer\.0\.output\.dense|classifier", "learning_rate": 0.1},
 }
 
 
 def trained(folder: Path, name: str, mode: str, world: int, resume: str | None = None, **options):
     """A trainer after three steps, unless given otherwise, of eight rows over all processes."""
     settings = {"candidate_parallel": mode, "per_device_train_batch_size": 8 // world, **SETTINGS[name]}
-    trainer = make(folder, tiny_model().double(), **{"max_steps": 3, **settings, **options})
+    trainer = make(folder, one_layer_model().double(), **{"max_steps": 3, **settings, **options})
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -54,7 +54,7 @@ def check_resumed(folder: Path, name: str, mode: str) -> None:
 def check_other_starts(folder: Path, name: str) -> None:
     """Processes whose heads were drawn from different seeds start, and end, with the weights of the first one."""
     rank = PartialState().process_index
-    trainer = make(folder, tiny_model(seed=rank).double(), max_steps=2, **SETTINGS[name])
+    trainer = make(folder, one_layer_model(seed=rank).double(), max_steps=2, **SETTINGS[name])
     trainer.train()
     for key, value in trainer.model.state_dict().items():
         first = broadcast(value.clone(), from_process=0)

@@ -1,7 +1,7 @@
 """Tiny classifiers of many families, padded batches, and a trainer on them."""
 
 import torch
-from tiny import CONFIGS, tiny_dataset, tiny_model, tiny_tokenizer
+from tiny import CONFIGS, one_layer_model, tiny_dataset, tiny_model, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from hf_ft_ext import GradientlessTrainer, GradientlessTrainingArguments
@@ -60,7 +60,7 @@ def reader_of(model) -> HeadReader:
 def make(folder, model=None, dataset=None, objective=None, **options):
     options = {"feature_cache_dir": str(folder / "features"), **OPTIONS, **options}
     return GradientlessTrainer(
-        model or tiny_model(),
+        model or one_layer_model(),
         GradientlessTrainingArguments(output_dir=str(folder), **options),
         train_dataset=tiny_dataset(32) if dataset is None else dataset,
         eval_dataset=tiny_dataset(16, seed=1),

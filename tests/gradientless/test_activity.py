@@ -10,7 +10,7 @@ from activity_models import IDS, MASK, Passes, problem, searched_layers
 from heads import make, weights
 from peft import PromptTuningConfig, get_peft_model
 from prompt_models import prompt_model
-from tiny import tiny_dataset, tiny_model, tiny_tokenizer
+from tiny import one_layer_model, tiny_dataset, tiny_model, tiny_tokenizer
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -208,7 +208,7 @@ def test_a_loss_of_the_users_own_is_refused(tmp_path):
     arguments = GradientlessTrainingArguments(
         str(tmp_path), search_method="activity", search_target="all", max_steps=1, report_to=[]
     )
-    trainer = Own(tiny_model(), arguments, train_dataset=tiny_dataset(), processing_class=tiny_tokenizer())
+    trainer = Own(one_layer_model(), arguments, train_dataset=tiny_dataset(), processing_class=tiny_tokenizer())
     with pytest.raises(InputError, match="search_method=activity needs the loss of each row, and this loss is known"):
         trainer.train()
 

@@ -5,7 +5,7 @@ import torch
 from activity_models import image_model
 from heads import FAMILIES, OPTIONS, changed, family, make, weights
 from peft import PeftModel
-from tiny import tiny_dataset, tiny_model, tiny_tokenizer
+from tiny import one_layer_model, tiny_dataset, tiny_model, tiny_tokenizer
 from torch import nn
 from torch.nn import functional
 from transformers import (
@@ -123,7 +123,7 @@ def test_only_entries_of_the_masks_change(tmp_path, weight_decay):
     options = {**SPSA_ALL, "search_target": r"layer\.0\.output\.dense", "feature_cache_gb": 0.0}
     trainer = make(tmp_path, weight_decay=weight_decay, **options)
     masked = GradientlessTrainer(
-        tiny_model(),
+        one_layer_model(),
         trainer.args,
         train_dataset=tiny_dataset(16),
         processing_class=tiny_tokenizer(),
@@ -135,13 +135,13 @@ def test_only_entries_of_the_masks_change(tmp_path, weight_decay):
     assert torch.equal(moved, mask)
     assert changed(masked, before) == {name, name.replace("weight", "bias")}
     with pytest.raises(InputError, match="masks: nothing is not searched; leave it out, or change search_target"):
-        GradientlessTrainer(tiny_model(), trainer.args, masks={"nothing": mask}).create_optimizer()
+        GradientlessTrainer(one_layer_model(), trainer.args, masks={"nothing": mask}).create_optimizer()
     with pytest.raises(InputError, match="masks apply to search_method=spsa, not to gld"):
-        GradientlessTrainer(tiny_model(), make(tmp_path).args, masks={name: mask})
+        GradientlessTrainer(one_layer_model(), make(tmp_path).args, masks={name: mask})
 
 
 def test_a_frozen_base_learns_an_adapter_in_the_shape_of_lora(tmp_path):
-    tiny_model().save_pretrained(tmp_path / "base")
+    one_layer_model().save_pretrained(tmp_path / "base")
     base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
     options = {**SPSA_ALL, "search_peft": "lora", "search_target": "lora_B|modules_to_save", "learning_rate": 0.05}
     trainer = make(tmp_path / "out", base, search_candidates_per_forward=2, max_steps=5, **options)
@@ -162,10 +162,10 @@ def test_a_resumed_run_leaves_the_trajectory_of_the_whole_run(tmp_path):
     options = {**SPSA_ALL, "search_trajectory": True, "search_direction": "lozo", "search_renew": 3, "max_steps": 6}
     saving = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "linear"}
     make(tmp_path / "a", **options, **saving).train()
-    resumed = make(tmp_path / "b", tiny_model(seed=3), **options, **saving)
+    resumed = make(tmp_path / "b", one_layer_model(seed=3), **options, **saving)
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4"))
     resumed.save_model()
-    again = apply_trajectory(tiny_model(), tmp_path / "b")
+    again = apply_trajectory(one_layer_model(), tmp_path / "b")
     for name, value in again.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name]), name
     record = {"labels": ["no", "yes"], "arguments": {"seed": 7}}
@@ -186,7 +186,7 @@ def test_the_trajectory_ends_at_the_best_model(tmp_path, scores):
     trainer.train()
     assert trainer.state.best_global_step == 1 + scores.index(max(scores))
     trainer.save_model()
-    again = apply_trajectory(tiny_model(), tmp_path)
+    again = apply_trajectory(one_layer_model(), tmp_path)
     for name, value in again.state_dict().items():
         assert torch.equal(value, trainer.model.state_dict()[name]), name
 
@@ -216,7 +216,7 @@ def test_trls_metrics_keep_their_names(tmp_path):
 
 @pytest.mark.parametrize("packed", ["buffer", "integers", "float8"])
 def test_quantized_weights_are_not_left_out_silently(tmp_path, packed):
-    model = tiny_model()
+    model = one_layer_model()
     dense = model.bert.encoder.layer[0].output.dense
     if packed == "buffer":
         del dense.weight
@@ -235,7 +235,7 @@ def test_quantized_weights_are_not_left_out_silently(tmp_path, packed):
 
 def test_a_search_changes_only_the_entries_of_a_fisher_run(tmp_path):
     fisher = FisherTrainer(
-        tiny_model(),
+        one_layer_model(),
         FisherTrainingArguments(
             str(tmp_path / "fisher"), fisher_mode="mask", fisher_mask="random", fisher_keep_ratio=0.05, max_steps=1,
             use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no",
@@ -262,7 +262,7 @@ def test_a_search_changes_only_the_entries_of_a_fisher_run(tmp_path):
     with pytest.raises(InputError, match=r"holds no entries_delta\.safetensors"):
         make(tmp_path / "other", **{**options, "search_masks": str(tmp_path)})
     with pytest.raises(InputError, match="masks and search_masks both select the entries to change"):
-        GradientlessTrainer(tiny_model(), trainer.args, masks={})
+        GradientlessTrainer(one_layer_model(), trainer.args, masks={})
 
 
 # --- 16-bit weights ----------------------------------------------------------------------------------------------
@@ -347,7 +347,7 @@ def test_labels_of_another_shape_are_not_spread_over_the_classes():
 
 
 def test_metrics_of_tokens_and_batches_without_labels_are_refused():
-    config = tiny_model().config
+    config = one_layer_model().config
     check_labels(config, torch.tensor([[1], [0]]))
     with pytest.raises(InputError, match=r"labels have shape \(2, 3\) .*; for labels of tokens use search_obj"):
         check_labels(config, torch.zeros(2, 3, dtype=torch.long))

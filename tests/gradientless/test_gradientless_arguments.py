@@ -3,7 +3,7 @@
 import pytest
 import torch
 from heads import make
-from tiny import tiny_dataset, tiny_model
+from tiny import one_layer_model, tiny_dataset
 from torch import nn
 
 import run_glue
@@ -195,7 +195,7 @@ def test_arguments_that_do_not_fit_the_model_are_refused(tmp_path, options, mess
 
 
 def test_other_refusals(tmp_path):
-    model = tiny_model()
+    model = one_layer_model()
     args = GradientlessTrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
     optimizers = (torch.optim.SGD(model.parameters()), None)
     with pytest.raises(InputError, match="makes its own optimizer"):
@@ -207,17 +207,17 @@ def test_other_refusals(tmp_path):
     with pytest.raises(InputError, match="objective and search_objective=f1 were both passed"):
         make(tmp_path, objective=lambda logits, labels: 0.0, search_objective="f1")
     with pytest.raises(InputError, match="search_objective=f1 is for two classes, but the model has 3; use matthews"):
-        make(tmp_path, tiny_model(num_labels=3), search_objective="f1").train()
-    several = tiny_model(num_labels=2, problem_type="multi_label_classification")
+        make(tmp_path, one_layer_model(num_labels=3), search_objective="f1").train()
+    several = one_layer_model(num_labels=2, problem_type="multi_label_classification")
     with pytest.raises(InputError, match="search_positive_label='LABEL_1' is for two classes, but rows have several"):
         make(tmp_path, several, search_objective="f1", search_positive_label="LABEL_1").train()
-    regression = tiny_model(num_labels=1, problem_type="regression")
+    regression = one_layer_model(num_labels=1, problem_type="regression")
     with pytest.raises(InputError, match="search_objective=accuracy is for classes, but this task is regression"):
         make(tmp_path, regression, search_objective="accuracy").train()
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_step(tmp_path):
-    model = tiny_model()
+    model = one_layer_model()
     with torch.no_grad():
         model.bert.encoder.layer[0].output.dense.bias[0] = float("nan")
     trainer = make(tmp_path, model)
@@ -240,7 +240,7 @@ def test_sampling_size_larger_than_every_tensor_warns(tmp_path, caplog):
 
 @pytest.mark.parametrize(("dtype", "used"), [(torch.float32, False), (torch.bfloat16, True)])
 def test_a_carried_rounding_error_without_16_bit_matrices_is_logged(tmp_path, caplog, dtype, used):
-    make(tmp_path, tiny_model().to(dtype), search_method="spsa", search_carry=True).create_optimizer()
+    make(tmp_path, one_layer_model().to(dtype), search_method="spsa", search_carry=True).create_optimizer()
     assert ("search_carry is not used" in caplog.text) != used
 
 
@@ -301,7 +301,7 @@ def test_a_search_on_f1_needs_the_positive_class_by_name(tmp_path):
     still = {"search_method": "spsa", "search_eps": 1e-7, "learning_rate": 1e-12, "max_steps": 1}
 
     def trainer(**settings):
-        model = tiny_model(id2label=dict(enumerate(names)), label2id={n: i for i, n in enumerate(names)})
+        model = one_layer_model(id2label=dict(enumerate(names)), label2id={n: i for i, n in enumerate(names)})
         options = {"search_objective": "f1", "per_device_train_batch_size": 16, **still, **settings}
         return make(tmp_path, model, dataset=tiny_dataset(16), **options)
 

@@ -8,7 +8,7 @@ from gradientless_ranks import one_process
 from heads import FAMILIES, changed, family, make, weights
 from peft import PeftModel
 from processes import two_ranks
-from tiny import CONFIGS, tiny_dataset, tiny_model, tiny_tokenizer
+from tiny import CONFIGS, one_layer_model, tiny_dataset, tiny_model, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, TrainingArguments
 
 from hf_ft_ext import GradientlessTrainer, GradientlessTrainingArguments, InputError
@@ -86,7 +86,7 @@ def test_resumed_run_equals_the_unbroken_one(tmp_path, method):
     options = {"save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 2, **METHODS[method]}
     unbroken = make(tmp_path / "a", **options)
     unbroken.train()
-    resumed = make(tmp_path / "b", tiny_model(seed=5), **options)
+    resumed = make(tmp_path / "b", one_layer_model(seed=5), **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
     for name, value in weights(resumed).items():
         if name in resumed.searched:
@@ -97,8 +97,8 @@ def test_resumed_run_equals_the_unbroken_one(tmp_path, method):
 def test_accumulation_equals_one_large_batch(tmp_path, method):
     runs = []
     for size, accumulation in ((8, 1), (2, 4)):
-        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
-        trainer = make(tmp_path, tiny_model().double(), logging_steps=1, **options, **METHODS[method])
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation, "max_steps": 4}
+        trainer = make(tmp_path, one_layer_model().double(), logging_steps=1, **options, **METHODS[method])
         before = weights(trainer)
         trainer.train()
         assert changed(trainer, before)
@@ -118,7 +118,7 @@ def test_features_in_each_step_equal_forward_passes_of_the_whole_model(tmp_path,
         if settings.pop("whole", False):
             monkeypatch.setattr("hf_ft_ext.gradientless.trainer.HeadReader.find", lambda model, batch: None)
         folder = tmp_path / str(len(results))
-        trainer = make(folder, tiny_model().double(), max_steps=3, **METHODS[method], **settings)
+        trainer = make(folder, one_layer_model().double(), max_steps=3, **METHODS[method], **settings)
         trainer.train()
         assert (folder / "features").exists() == (not results)
         results.append(weights(trainer))
@@ -135,7 +135,7 @@ def test_node_perturbation_needs_a_head_that_reads_one_vector_per_row(tmp_path, 
 def test_cached_features_have_no_lengths_to_balance(tmp_path):
     with pytest.raises(InputError, match="divides rows among processes by their lengths, and cached features have"):
         make(tmp_path, train_sampling_strategy="batch_rebalance").train()
-    make(tmp_path, train_sampling_strategy="batch_rebalance", search_target="all").train()
+    make(tmp_path, train_sampling_strategy="batch_rebalance", search_target="all", max_steps=1).train()
 
 
 @pytest.mark.parametrize(("method", "message"), [
@@ -151,7 +151,7 @@ def test_searches_of_one_process_are_refused_in_two(tmp_path, monkeypatch, metho
 
 def test_encoder_tensors_are_searched_by_name(tmp_path):
     target = r"layer\.1\.output\.dense\.weight|classifier\.weight"
-    trainer = make(tmp_path, search_target=target, learning_rate=0.1)
+    trainer = make(tmp_path, tiny_model(), search_target=target, learning_rate=0.1)
     before = weights(trainer)
     trainer.train()
     assert not (tmp_path / "features").exists()
@@ -170,9 +170,9 @@ def test_all_weights_are_searched_by_spsa_and_come_back_trainable(tmp_path):
 @pytest.mark.parametrize("kind", ["lora", "ia3"])
 @pytest.mark.parametrize("method", ["gld", "spsa"])
 def test_a_peft_subspace_is_saved_as_an_adapter(tmp_path, kind, method):
-    tiny_model().save_pretrained(tmp_path / "base")
+    one_layer_model().save_pretrained(tmp_path / "base")
     base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
-    trainer = make(tmp_path / "out", base, search_peft=kind, **METHODS[method])
+    trainer = make(tmp_path / "out", base, search_peft=kind, max_steps=4, **METHODS[method])
     before = weights(trainer)
     trainer.train()
     moved = changed(trainer, before)
@@ -233,7 +233,7 @@ def test_bf16_and_regression_and_streams_and_plain_datasets(tmp_path):
     before = weights(trainer)
     trainer.train()
     assert changed(trainer, before)
-    model = tiny_model(num_labels=1, problem_type="regression")
+    model = one_layer_model(num_labels=1, problem_type="regression")
     trainer = make(tmp_path, model, tiny_dataset(32, regression=True), num_train_epochs=6)
     first = trainer.evaluate(trainer.train_dataset)["eval_loss"]
     trainer.train()
@@ -257,7 +257,11 @@ def test_a_loss_of_the_user_runs_the_whole_model(tmp_path):
         str(tmp_path), max_steps=2, use_cpu=True, report_to="none", save_strategy="no"
     )
     trainer = GradientlessTrainer(
-        tiny_model(), args, train_dataset=tiny_dataset(16), processing_class=tiny_tokenizer(), compute_loss_func=loss
+        one_layer_model(),
+        args,
+        train_dataset=tiny_dataset(16),
+        processing_class=tiny_tokenizer(),
+        compute_loss_func=loss,
     )
     trainer.train()
     assert len(calls) == trainer.optimizer.optimizer.evaluations
@@ -265,7 +269,7 @@ def test_a_loss_of_the_user_runs_the_whole_model(tmp_path):
 
 @pytest.mark.parametrize("search_target", ["head", "all"])
 def test_a_classifier_with_a_loss_of_its_own_keeps_it(tmp_path, search_target):
-    class WeighingForSequenceClassification(type(tiny_model())):
+    class WeighingForSequenceClassification(type(one_layer_model())):
         def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
             output = super().forward(input_ids, attention_mask, **kwargs)
             if labels is not None:
@@ -273,7 +277,7 @@ def test_a_classifier_with_a_loss_of_its_own_keeps_it(tmp_path, search_target):
                 output.loss = torch.nn.functional.cross_entropy(output.logits, labels, weight)
             return output
 
-    model = tiny_model()
+    model = one_layer_model()
     model.__class__ = WeighingForSequenceClassification
     with torch.no_grad():
         model.classifier.weight.mul_(50)  # the two losses differ
@@ -339,7 +343,10 @@ def test_model_init_gives_each_run_its_own_model(tmp_path):
         feature_cache_dir=str(tmp_path / "features"),
     )  # fmt: skip
     trainer = GradientlessTrainer(
-        args=args, model_init=lambda: tiny_model(), train_dataset=tiny_dataset(16), processing_class=tiny_tokenizer()
+        args=args,
+        model_init=lambda: one_layer_model(),
+        train_dataset=tiny_dataset(16),
+        processing_class=tiny_tokenizer(),
     )
     trainer.train()
     first = weights(trainer)
@@ -350,7 +357,7 @@ def test_model_init_gives_each_run_its_own_model(tmp_path):
 def test_plain_arguments_are_completed(tmp_path, caplog):
     caplog.set_level("INFO", logger="hf_ft_ext")
     plain = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
-    trainer = GradientlessTrainer(tiny_model(), plain, data_collator=DataCollatorWithPadding(tiny_tokenizer()))
+    trainer = GradientlessTrainer(one_layer_model(), plain, data_collator=DataCollatorWithPadding(tiny_tokenizer()))
     assert (trainer.args.learning_rate, trainer.args.max_grad_norm) == (5e-3, 0.0)
     assert "learning_rate" in caplog.text and "max_grad_norm=0.0" in caplog.text
 

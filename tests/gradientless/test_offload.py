@@ -8,7 +8,7 @@ import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from other_models import loss_of, other_batch, other_model
 from safetensors.torch import load_file
-from tiny import tiny_dataset, tiny_masked_lm, tiny_model, tiny_tokenizer
+from tiny import one_layer_model, tiny_dataset, tiny_masked_lm, tiny_tokenizer
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -51,7 +51,7 @@ def loaded(kind="bert", dtype=torch.float32):
             torch.manual_seed(0)
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes))
     else:
-        model = tiny_masked_lm() if kind == "mlm" else tiny_model(kind)
+        model = tiny_masked_lm(num_hidden_layers=1) if kind == "mlm" else one_layer_model(kind)
     return model.to(dtype).eval()
 
 
@@ -276,7 +276,7 @@ TRAINED = {
     "gld": ({}, "disk"),
     "node": ({"search_method": "node"}, "device_map"),
     "spsa-head": ({"search_method": "spsa"}, "disk"),
-    "activity": ({"search_method": "activity", "search_target": r"layer\.1.*|classifier"}, "cpu"),
+    "activity": ({"search_method": "activity", "search_target": r"layer\.0.*|classifier"}, "cpu"),
     "all": ({"search_method": "spsa", "search_target": "all", "learning_rate": 1e-3}, "device_map"),
     "lora": ({**BOTH, "search_peft": "lora"}, "disk"),
     "lora-map": ({**BOTH, "search_peft": "lora", "search_target": "lora_B|modules_to_save"}, "device_map"),

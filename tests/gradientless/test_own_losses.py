@@ -8,7 +8,7 @@ import pytest
 import torch
 from heads import make
 from processes import two_ranks
-from tiny import tiny_dataset, tiny_model
+from tiny import one_layer_model, tiny_dataset, tiny_model
 from torch.nn import functional
 
 from hf_ft_ext.gradientless.scoring.full_models import has_usual_loss
@@ -30,7 +30,7 @@ LOSSES = {
 
 
 def with_loss(loss, zero_head=False, **config):
-    class OwnForSequenceClassification(type(tiny_model())):
+    class OwnForSequenceClassification(type(one_layer_model())):
         def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
             output = super().forward(input_ids, attention_mask, **kwargs)
             if labels is not None:
@@ -100,7 +100,7 @@ def test_sorted_rows_and_a_zero_head_do_not_hide_class_weights(tmp_path, target)
 SEEN = 7  # the token whose rows have a loss of their own
 
 
-class UnusualForSequenceClassification(type(tiny_model())):
+class UnusualForSequenceClassification(type(one_layer_model())):
     """Its loss is the usual one, plus the share of rows with the token `SEEN`."""
 
     def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
@@ -113,7 +113,7 @@ class UnusualForSequenceClassification(type(tiny_model())):
 def run(argv: list[str]) -> None:
     """As one of two processes: batches of the second one alone show that the loss is not the usual one."""
     rank, folder = int(os.environ["RANK"]), Path(argv[0])
-    model = tiny_model().double()
+    model = one_layer_model().double()
     model.__class__ = UnusualForSequenceClassification
     batch = batch_of(model)
     batch["input_ids"] = torch.where(batch["input_ids"] == SEEN, SEEN + 1, batch["input_ids"])

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_dataset, tiny_model, tiny_tokenizer
+from tiny import one_layer_model, tiny_dataset, tiny_tokenizer
 from torch.testing import assert_close
 
 from hf_ft_ext import SPSA, GradientlessTrainer, GradientlessTrainingArguments, apply_trajectory, save_trajectory
@@ -24,7 +24,7 @@ def make(folder, kind=GradientlessTrainer, model=None, objective=None, **values)
     values = {"search_method": "spsa", "learning_rate": 1e-3, "max_steps": 4, **QUIET, **values}
     args = GradientlessTrainingArguments(str(folder), per_device_train_batch_size=8, **values)
     data = {"train_dataset": tiny_dataset(32), "eval_dataset": tiny_dataset(8, seed=5)}
-    model = tiny_model() if model is None else model
+    model = one_layer_model() if model is None else model
     return kind(model, args, processing_class=tiny_tokenizer(), objective=objective, **data)
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import numpy as np
-from tiny import tiny_dataset, tiny_model, tiny_tokenizer
+from tiny import one_layer_model, tiny_dataset, tiny_tokenizer
 
 from hf_ft_ext import KernelTrainer, KernelTrainingArguments
 
@@ -11,7 +11,7 @@ from hf_ft_ext import KernelTrainer, KernelTrainingArguments
 def make(folder, model=None, train=None, evaluation=None, function=None, **settings) -> KernelTrainer:
     settings = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "dataloader_pin_memory": False, **settings}
     return KernelTrainer(
-        tiny_model() if model is None else model,
+        one_layer_model() if model is None else model,
         KernelTrainingArguments(str(folder), **settings),
         train_dataset=tiny_dataset(12) if train is None else train,
         eval_dataset=tiny_dataset(7, seed=1) if evaluation is None else evaluation,
@@ -31,6 +31,6 @@ SETTINGS = {
 
 def run(folder: Path, name: str) -> tuple[dict, np.ndarray]:
     """Metrics of train and evaluation, and the predictions, in double precision."""
-    trainer = make(folder, tiny_model().double(), **SETTINGS[name])
+    trainer = make(folder, one_layer_model().double(), **SETTINGS[name])
     metrics = trainer.train().metrics | trainer.evaluate()
     return metrics, trainer.predict(trainer.eval_dataset).predictions

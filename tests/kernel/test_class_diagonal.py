@@ -7,7 +7,7 @@ from families import batch, family
 from kernel_runs import make
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from tiny import tiny_dataset, tiny_model
+from tiny import one_layer_model, tiny_dataset
 from transformers import BertConfig, BertForMaskedLM
 
 from hf_ft_ext import empirical_ntk
@@ -118,7 +118,7 @@ def test_each_class_is_regularized_by_its_own_norm():
 
 def three(folder, solver="svc", **settings):
     data = {"train": tiny_dataset(12, num_labels=3), "evaluation": tiny_dataset(6, num_labels=3, seed=1)}
-    return make(folder, tiny_model(num_labels=3), **data, kernel_solver=solver, **settings)
+    return make(folder, one_layer_model(num_labels=3), **data, kernel_solver=solver, **settings)
 
 
 def shapes(folder) -> set[tuple[int, ...]]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from kernel_runs import make
-from tiny import tiny_dataset, tiny_model
+from tiny import one_layer_model, tiny_dataset
 
 from hf_ft_ext import KernelTrainer, KernelTrainingArguments
 from hf_ft_ext.errors import InputError
@@ -67,7 +67,7 @@ def test_arguments_without_effect_are_refused(given, message):
 
 def test_invalid_uses_are_refused(tmp_path):
     with pytest.raises(InputError, match="takes no steps; leave `optimizers` out"):
-        KernelTrainer(tiny_model(), optimizers=(torch.optim.SGD(tiny_model().parameters()), None))
+        KernelTrainer(one_layer_model(), optimizers=(torch.optim.SGD(one_layer_model().parameters()), None))
     with pytest.raises(InputError, match="call train"):
         make(tmp_path).evaluate()
     trainer = make(tmp_path)
@@ -82,7 +82,7 @@ def test_invalid_uses_are_refused(tmp_path):
     one_class = data.select([i for i, label in enumerate(data["labels"]) if label == 0])
     with pytest.raises(InputError, match="no example of 'LABEL_1'"):
         make(tmp_path, train=one_class).train()
-    model = tiny_model()
+    model = one_layer_model()
     model.gradient_checkpointing_enable()
     with pytest.raises(InputError, match="gradient_checkpointing_disable"):
         make(tmp_path, model)
@@ -101,7 +101,7 @@ def test_a_class_id_in_a_list_is_the_class_id(tmp_path, classes):
     for number, change in enumerate((lambda i, label: label, lambda i, label: [label])):
         train, rows = (with_labels(change, 18, seed, num_labels=classes) for seed in (0, 1))
         trainer = make(
-            tmp_path / str(number), tiny_model(num_labels=classes), train, rows, kernel_regularization="auto"
+            tmp_path / str(number), one_layer_model(num_labels=classes), train, rows, kernel_regularization="auto"
         )
         found.append((trainer.train().training_loss, trainer.regularization, trainer.evaluate()["eval_loss"]))
     assert found[0] == found[1]
@@ -127,5 +127,5 @@ def test_several_labels_per_row_need_the_problem_type(tmp_path):
 def test_ratings_in_whole_numbers_are_read_back_from_files(tmp_path):
     settings = {"num_labels": 1, "problem_type": "regression"}
     data = tiny_dataset(12, num_labels=5)
-    make(tmp_path, tiny_model(**settings), data, export_kernels=str(tmp_path / "files")).train()
-    make(tmp_path, tiny_model(**settings), data, load_kernels=str(tmp_path / "files")).train()
+    make(tmp_path, one_layer_model(**settings), data, export_kernels=str(tmp_path / "files")).train()
+    make(tmp_path, one_layer_model(**settings), data, load_kernels=str(tmp_path / "files")).train()

@@ -13,7 +13,7 @@ import torch
 from kernel_runs import SETTINGS, make, run
 from peft import LoraConfig, get_peft_model
 from processes import two_ranks
-from tiny import tiny_dataset, tiny_model, tiny_tokenizer
+from tiny import one_layer_model, tiny_dataset, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 from hf_ft_ext import KernelTrainer, empirical_ntk
@@ -30,11 +30,11 @@ def collated(dataset):
 
 
 def test_predictions_are_those_of_the_kernel_and_the_solver(tmp_path):
-    trainer = make(tmp_path, tiny_model().double(), kernel_solver="lstsq", kernel_regularization="1e-3")
+    trainer = make(tmp_path, one_layer_model().double(), kernel_solver="lstsq", kernel_regularization="1e-3")
     before = {name: p.clone() for name, p in trainer.model.named_parameters()}
     output = trainer.train()
     train, other = collated(trainer.train_dataset), collated(trainer.eval_dataset)
-    model = tiny_model().double()
+    model = one_layer_model().double()
     kernel = empirical_ntk(model, train, binary_classification=True)[None].numpy()
     cross = empirical_ntk(model, train, other, binary_classification=True)[None].numpy()
     options = SolverOptions(solver=trainer.solved.options.solver, regularization=1e-3)
@@ -62,7 +62,7 @@ def test_saved_model_loads_with_a_record_of_the_solution(tmp_path):
 
 @pytest.mark.parametrize("adapter", [None, "lora"])
 def test_plain_load_reports_that_the_model_is_not_trained(tmp_path, adapter):
-    tiny_model().save_pretrained(tmp_path / "base")
+    one_layer_model().save_pretrained(tmp_path / "base")
     base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
     trainer = make(tmp_path / "out", base, kernel_peft=adapter)
     trainer.save_model()
@@ -104,27 +104,27 @@ def test_a_second_run_computes_nothing(tmp_path, monkeypatch):
 
 def test_three_classes_and_scores_and_random_weights_and_adapters(tmp_path):
     data = {"train": tiny_dataset(15, num_labels=3), "evaluation": tiny_dataset(6, num_labels=3, seed=1)}
-    trainer = make(tmp_path / "three", tiny_model(num_labels=3), **data, kernel_solver="logistic")
+    trainer = make(tmp_path / "three", one_layer_model(num_labels=3), **data, kernel_solver="logistic")
     trainer.train()
     assert trainer.predict(data["evaluation"]).predictions.shape == (6, 3)
 
     scores = {"train": tiny_dataset(15, regression=True), "evaluation": tiny_dataset(6, regression=True, seed=1)}
-    model = tiny_model(num_labels=1, problem_type="regression")
+    model = one_layer_model(num_labels=1, problem_type="regression")
     trainer = make(tmp_path / "scores", model, **scores, kernel_regularization="1e-6")
     trainer.compute_metrics = None
     trainer.train()
     assert trainer.evaluate()["eval_loss"] > 0 and trainer.predict(data["evaluation"]).predictions.shape == (6, 1)
 
-    trained = tiny_model(seed=3)
+    trained = one_layer_model(seed=3)
     trainer = make(tmp_path / "random", trained, random_model_init=True, seed=7)
-    same = make(tmp_path / "random", tiny_model(seed=4), random_model_init=True, seed=7)
+    same = make(tmp_path / "random", one_layer_model(seed=4), random_model_init=True, seed=7)
     for name, p in trainer.model.named_parameters():
         assert torch.equal(p, same.model.get_parameter(name))
     assert not torch.equal(trainer.model.classifier.weight, trained.classifier.weight)
     trained.bert.embeddings.requires_grad_(False)
     frozen = make(tmp_path / "random", trained, random_model_init=True).trained_weights()
     assert not any("embeddings" in weight.name for weight in frozen) and len(frozen) > 10
-    adapted = get_peft_model(tiny_model(), LoraConfig(target_modules=["query"]))
+    adapted = get_peft_model(one_layer_model(), LoraConfig(target_modules=["query"]))
     with pytest.raises(InputError, match="random_model_init makes the model anew, without its adapters"):
         make(tmp_path / "random", adapted, random_model_init=True)
 
@@ -137,12 +137,14 @@ def test_three_classes_and_scores_and_random_weights_and_adapters(tmp_path):
 
 def test_adjust_for_init_adds_the_initial_outputs(tmp_path):
     settings = {"adjust_for_init": True, "f0_scaling": 2.0, "kernel_regularization": "1e-2"}
-    trainer = make(tmp_path, tiny_model().double(), **settings)
+    trainer = make(tmp_path, one_layer_model().double(), **settings)
     trainer.train()
     found = trainer.source.start(trainer.eval_dataset, "dev")
     with torch.no_grad():
         logits = (
-            tiny_model().double().eval()(**{k: v for k, v in collated(trainer.eval_dataset).items() if k != "labels"})
+            one_layer_model()
+            .double()
+            .eval()(**{k: v for k, v in collated(trainer.eval_dataset).items() if k != "labels"})
         )
     np.testing.assert_allclose(found[:, 0], (logits.logits[:, 1] - logits.logits[:, 0]).numpy(), rtol=1e-9)
     plain = trainer.solved.predict(trainer.source.kernel(trainer.eval_dataset, "dev"))
@@ -213,7 +215,7 @@ def test_regularization_is_chosen_on_the_evaluation_data(tmp_path, caplog):
 
 def test_the_pseudo_kernel_is_the_shared_one_on_average(tmp_path):
     data = {"train": tiny_dataset(9, num_labels=3), "evaluation": tiny_dataset(5, num_labels=3, seed=1)}
-    model, inputs = tiny_model(num_labels=3).double(), collated(data["train"])
+    model, inputs = one_layer_model(num_labels=3).double(), collated(data["train"])
     inputs.pop("labels")
     whole = empirical_ntk(model, inputs).numpy()
     kernels = []
@@ -234,7 +236,7 @@ def test_the_pseudo_kernel_is_the_shared_one_on_average(tmp_path):
 @pytest.mark.parametrize("name", ["sgd", "projected"])
 def test_coefficients_keep_their_training_rows(tmp_path, name):
     """A trainer whose training data are replaced predicts, linearizes and saves with those that it has solved."""
-    model = tiny_model().double()
+    model = one_layer_model().double()
     trainer = make(tmp_path / "own", model, **SETTINGS[name])
     trainer.train()
     # a folder of its own, so that it computes its kernels itself
@@ -254,7 +256,7 @@ def test_coefficients_keep_their_training_rows(tmp_path, name):
 
 def test_linearized_model_matches_gradient_descent(tmp_path):
     """Full-batch gradient descent on the linearized model itself, its outputs by `torch.func`."""
-    model = tiny_model().double()
+    model = one_layer_model().double()
     trainer = make(tmp_path, model)
     trainer.train()
     train, other = collated(trainer.train_dataset), collated(trainer.eval_dataset)
@@ -309,13 +311,13 @@ def test_linearized_model_matches_gradient_descent(tmp_path):
     ],
 )
 def test_outputs_at_the_start_are_computed_as_the_kernel_is(tmp_path, formula, dtype, stored):
-    half = tiny_model().to(stored)
+    half = one_layer_model().to(stored)
     trainer = make(tmp_path, half, kernel_formula=formula, adjust_for_init=True)
     trainer.train()
     batch = {key: value for key, value in collated(trainer.eval_dataset).items() if key != "labels"}
     with torch.no_grad():
-        wide = tiny_model().to(stored).to(dtype).eval()(**batch).logits.double()
-        narrow = tiny_model().to(stored).eval()(**batch).logits.double()
+        wide = one_layer_model().to(stored).to(dtype).eval()(**batch).logits.double()
+        narrow = one_layer_model().to(stored).eval()(**batch).logits.double()
     found = trainer.source.start(trainer.eval_dataset, "dev")[:, 0]
     np.testing.assert_allclose(found, (wide[:, 1] - wide[:, 0]).numpy(), rtol=1e-4, atol=1e-7)
     assert np.abs(found - (narrow[:, 1] - narrow[:, 0]).numpy()).max() > 1e-5
@@ -351,7 +353,7 @@ def test_authors_files_are_loaded_and_exported(tmp_path):
     trainer.train()
     metrics = trainer.evaluate()
     assert sorted(os.listdir(tmp_path / "files")) == ["dev_kernels_sst-2.pt", "train_kernels_sst-2.pt"]
-    loaded = make(tmp_path / "b", tiny_model(seed=5), load_kernels=str(tmp_path / "files"))  # of another model
+    loaded = make(tmp_path / "b", one_layer_model(seed=5), load_kernels=str(tmp_path / "files"))  # of another model
     loaded.train()
     assert loaded.evaluate()["eval_loss"] == metrics["eval_loss"] and not (tmp_path / "b" / "kernels").exists()
 
@@ -371,7 +373,7 @@ def test_authors_files_are_loaded_and_exported(tmp_path):
 
 def test_plain_arguments_and_the_plan(tmp_path):
     args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
-    trainer = KernelTrainer(tiny_model(), args, train_dataset=tiny_dataset(8), processing_class=tiny_tokenizer())
+    trainer = KernelTrainer(one_layer_model(), args, train_dataset=tiny_dataset(8), processing_class=tiny_tokenizer())
     assert isinstance(trainer, Trainer) and trainer.args.kernel_formula == "sgd"
     plan = training_plan(trainer)
     assert plan.trainable == sum(p.numel() for p in trainer.model.parameters())

@@ -10,7 +10,15 @@ import torch
 from datasets import Dataset
 from kernel_runs import make
 from safetensors.torch import load_file, save_file
-from tiny import save_masked_lm, text_dataset, tiny_dataset, tiny_masked_lm, tiny_model, tiny_tokenizer, write_texts
+from tiny import (
+    one_layer_model,
+    save_masked_lm,
+    text_dataset,
+    tiny_dataset,
+    tiny_masked_lm,
+    tiny_tokenizer,
+    write_texts,
+)
 from transformers import AutoModelForSequenceClassification, BertModel
 
 import run_glue
@@ -50,7 +58,7 @@ def data(kind: str):
 def model(kind: str):
     multi = {"num_labels": 3, "problem_type": "multi_label_classification"}
     scores = {"num_labels": 1, "problem_type": "regression"}
-    return tiny_model(**{"three": {"num_labels": 3}, "multi-label": multi, "scores": scores}.get(kind, {}))
+    return one_layer_model(**{"three": {"num_labels": 3}, "multi-label": multi, "scores": scores}.get(kind, {}))
 
 
 def same_predictions(folder: Path, trainer, evaluation, **options):
@@ -132,7 +140,7 @@ def test_predictions_from_a_folder_equal_those_of_the_trainer_that_solved(tmp_pa
 
 @pytest.mark.parametrize("solved, passed", [({}, PROJECTED), (PROJECTED, {"kernel_engine": "jacobian"})])
 def test_engines_that_differ_from_the_solved_kernel_are_refused(tmp_path, solved, passed):
-    tiny_model().save_pretrained(tmp_path / "base")
+    one_layer_model().save_pretrained(tmp_path / "base")
     base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
     trainer = make(tmp_path / "out", base, **solved)
     trainer.train()
@@ -143,7 +151,7 @@ def test_engines_that_differ_from_the_solved_kernel_are_refused(tmp_path, solved
 
 
 def test_solved_kernel_can_be_saved_again_and_moved(tmp_path):
-    tiny_model().save_pretrained(tmp_path / "base")
+    one_layer_model().save_pretrained(tmp_path / "base")
     trainer = make(tmp_path / "out", AutoModelForSequenceClassification.from_pretrained(tmp_path / "base"), **LORA)
     trainer.train()
     trainer.save_model()
@@ -189,7 +197,7 @@ def test_kernel_of_a_user_function_is_saved_and_loaded(tmp_path, columns):
         labels = [[value, -value] for value in plain["labels"]]
         return plain.remove_columns("labels").add_column("labels", labels)
 
-    config = tiny_model().config
+    config = one_layer_model().config
     torch.manual_seed(0)
     settings = {"function": scalars, "adjust_for_init": True, "kernel_regularization": "1e-3"}
     trainer = make(tmp_path, BertModel(config).double(), rows(12, 0), rows(7, 1), **settings)
@@ -239,7 +247,7 @@ def launch(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_texts("train.csv", 40)
     write_texts("test.csv", 12, seed=1)
-    tiny_model().save_pretrained("base")
+    one_layer_model().save_pretrained("base")
     tiny_tokenizer().save_pretrained("base")
     save_masked_lm("mlm")
 
@@ -352,7 +360,7 @@ def test_damaged_and_foreign_folders_are_refused(tmp_path, finished, harm, messa
 
 def test_invalid_uses_of_a_folder_are_refused(tmp_path, finished):
     with pytest.raises(InputError, match="weights of this model are not those"):
-        load_kernel(finished, model=tiny_model(seed=5))
+        load_kernel(finished, model=one_layer_model(seed=5))
     with pytest.raises(InputError, match="leave train_dataset out"):
         KernelTrainer.from_folder(finished, train_dataset=tiny_dataset(4))
     with pytest.raises(InputError, match="was solved for the model's logits; leave function out"):

@@ -1,7 +1,7 @@
 """A quick trainer of any method on a tiny model."""
 
 from quick import SOLVER_METHODS
-from tiny import tiny_dataset, tiny_model, tiny_tokenizer
+from tiny import one_layer_model, tiny_dataset, tiny_tokenizer
 
 from hf_ft_ext.methods import METHODS
 
@@ -28,5 +28,5 @@ def make(name, args=None, model=None, folder=None, trainer_class=None, **kwargs)
         args = own(str(folder), **PLAIN, **({} if name in SOLVER_METHODS else LOOP), **QUICK.get(name, {}))
     kwargs = {"train_dataset": tiny_dataset(16), "eval_dataset": tiny_dataset(8, seed=1), **kwargs}
     if "model_init" not in kwargs:
-        kwargs["model"] = tiny_model() if model is None else model
+        kwargs["model"] = one_layer_model() if model is None else model
     return (trainer_class or kind)(args=args, processing_class=tiny_tokenizer(), **kwargs)
