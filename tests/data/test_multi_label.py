@@ -13,7 +13,7 @@ from datasets import Dataset
 from peft import PeftModel
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
-from tiny import text_dataset, tiny_model
+from tiny import one_layer_model, text_dataset
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForSequenceClassification, DataCollatorWithPadding, EvalPrediction
 
@@ -66,7 +66,7 @@ def files(tmp_path, monkeypatch, tokenizer) -> dict[str, list]:
     for name, rows in splits.items():
         lines = [json.dumps({"sentence": text, "label": labels_of_text(text)}) for text in rows]
         Path(f"{name}.jsonl").write_text("\n".join(lines))
-    model = tiny_model(id2label={0: "JOY", 1: "Anger", 2: "fear"}, label2id={"JOY": 0, "Anger": 1, "fear": 2})
+    model = one_layer_model(id2label={0: "JOY", 1: "Anger", 2: "fear"}, label2id={"JOY": 0, "Anger": 1, "fear": 2})
     model.save_pretrained("model")
     tokenizer.save_pretrained("model")
     return splits
@@ -282,12 +282,12 @@ def rows(tokenizer):
 
 @pytest.fixture
 def model():
-    return tiny_model(num_labels=3, problem_type=MULTI).eval()
+    return one_layer_model(num_labels=3, problem_type=MULTI).eval()
 
 
 @pytest.mark.parametrize("labels", [3, 1])
 def test_a_kernel_solves_each_label_by_itself(labels, rows, tokenizer, tmp_path):
-    model = tiny_model(num_labels=labels, problem_type=MULTI).eval()
+    model = one_layer_model(num_labels=labels, problem_type=MULTI).eval()
     rows = Dataset.from_list([{**row, "labels": row["labels"][:labels]} for row in rows])
     train, test = rows.select(range(12)), rows.select(range(12, 18))
     args = KernelTrainingArguments(str(tmp_path), kernel_regularization="1e-3", use_cpu=True, report_to="none")
@@ -311,7 +311,7 @@ def test_a_kernel_solves_each_label_by_itself(labels, rows, tokenizer, tmp_path)
 
 @pytest.mark.parametrize("labels", [3, 1])
 def test_a_linear_head_is_one_logistic_regression_per_label(labels, rows, tokenizer):
-    model = tiny_model(num_labels=labels, problem_type=MULTI).eval()
+    model = one_layer_model(num_labels=labels, problem_type=MULTI).eval()
     rows = Dataset.from_list([{**row, "labels": row["labels"][:labels]} for row in rows])
     fit_linear_head(model, rows, DataCollatorWithPadding(tokenizer), c=0.5)
     with torch.no_grad():
@@ -367,7 +367,9 @@ def test_the_squared_loss_takes_several_labels():
 
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_the_squared_loss_of_a_step_is_the_mean_over_its_rows_and_labels(rows, tokenizer, tmp_path, accumulated):
-    model = tiny_model(num_labels=3, problem_type=MULTI, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    model = one_layer_model(
+        num_labels=3, problem_type=MULTI, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
     args = FullTrainingArguments(
         str(tmp_path), l2_loss=True, max_steps=1, learning_rate=0.0, per_device_train_batch_size=8 // accumulated,
         gradient_accumulation_steps=accumulated, train_sampling_strategy="sequential", use_cpu=True, report_to="none",
