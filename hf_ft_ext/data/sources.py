@@ -1,7 +1,6 @@
 """Open the data: a Hub id, a local folder, own files or the demo. All failures become `InputError`."""
 
 import glob
-import hashlib
 import logging
 import re
 from collections.abc import Iterator
@@ -10,7 +9,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow as pa
 from datasets import (
     Dataset,
@@ -33,6 +31,7 @@ from huggingface_hub.errors import (
 from hf_ft_ext.arguments import DataArguments
 from hf_ft_ext.data.files.class_names import check_class_names
 from hf_ft_ext.data.files.dialect import AUTO, DEFAULT_DELIMITERS
+from hf_ft_ext.data.files.local_folder import FORMATS, cache_for, warn_of_other_formats
 from hf_ft_ext.data.files.own_files import SUFFIXES, USUAL_TEXT, Reading, holds_times, open_own_files
 from hf_ft_ext.data.files.records import open_records
 from hf_ft_ext.data.files.text_files import data_suffix
@@ -41,7 +40,6 @@ from hf_ft_ext.data.tasks import Task
 from hf_ft_ext.demo.dataset import demo_dataset
 from hf_ft_ext.errors import InputError
 
-FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _FILE_OPTIONS = ("train_file", "validation_file", "test_file")
 _FOLDER_ADVICE = "pass a folder of csv, json or parquet files, one whose README.md lists them, or a saved DatasetDict"
 _LOCAL_DATA_ADVICE = "pass a local folder to --dataset_name, or own files with --train_file and --validation_file"
@@ -139,7 +137,7 @@ def open_as_stored(
         with _local_errors(f"data set folder '{data_args.dataset_name}'", _FOLDER_ADVICE):
             config = _choose_config(folder, data_args.dataset_config_name, task, {"cache_dir": cache_dir})
             builder = load_dataset_builder(folder, config, cache_dir=cache_dir)
-            return dict(load_dataset(folder, config, cache_dir=_cache_for(folder, builder, cache_dir)))
+            return dict(load_dataset(folder, config, cache_dir=cache_for(folder, builder, cache_dir)))
     splits = {}
     for option, name in files.items():
         path = Path(name).expanduser()
@@ -295,13 +293,15 @@ def _open_dataset(
             if parts := files_of_task(builder.config.data_files, task):
                 options["data_files"] = parts
                 builder = load_dataset_builder(name, config, cache_dir=cache_dir, data_files=parts)
+            warn_of_other_formats(builder)
             if files := _own_files_of(builder):
                 training = data_args.train_split or [split for split in files if split.startswith("train")]
-                streamed = training if data_args.streaming else ()
-                return open_own_files(files, reading, cache_dir=cache_dir, streamed=streamed)
+                return open_own_files(
+                    files, reading, cache_dir=cache_dir, streamed=training if data_args.streaming else ()
+                )
             check_class_names(builder)
             if not data_args.streaming:
-                options["cache_dir"] = _cache_for(name, builder, cache_dir)
+                options["cache_dir"] = cache_for(name, builder, cache_dir)
         elif data_args.dataset_revision is not None:
             _check_revision(name, config, options)
         if reading.quoting != AUTO or reading.names:
@@ -336,20 +336,6 @@ def _own_files_of(builder: Any) -> dict[str, list[tuple[str, str]]] | None:
                 return None
             files.setdefault(str(split), []).append((f"file '{path}'", str(path)))
     return files
-
-
-def _cache_for(folder: str, builder: Any, cache_dir: str | None) -> str:
-    """Return a cache folder for the current state of a local data set's files.
-
-    `datasets` itself does not notice changes of files that a README.md lists.
-    """
-    state = hashlib.sha256(folder.encode())
-    files = builder.config.data_files or {}
-    for split, paths in files.items():
-        for path in filter(Path.is_file, map(Path, paths)):
-            status = path.stat()
-            state.update(f"{split} {path} {status.st_mtime_ns} {status.st_size}\n".encode())
-    return str(Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "local" / state.hexdigest()[:16])
 
 
 def _choose_config(name: str, wanted: str | None, task: Task | None, options: dict[str, Any]) -> str | None:

@@ -211,6 +211,25 @@ def test_files_of_one_split_with_other_types(tmp_path, caplog):
     assert "column 'more' is left out: file" in caplog.text
 
 
+def test_files_of_another_format_in_a_folder_are_named(tmp_path, caplog):
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for name in ("train-1.jsonl", "train-2.jsonl"):
+        (folder / name).write_text("".join(json.dumps({"text": "a", "label": label}) + "\n" for label in "xy"))
+    for name in ("dev.csv", "train.tsv.gz", "notes.csv"):  # the last one is of no split
+        (folder / name).write_text("text,label\na,x\nb,y\n")
+    (folder / "validation.jsonl").write_text(json.dumps({"text": "a", "label": "x"}) + "\n")
+
+    def load():
+        return load_data(DataArguments(dataset_name=str(folder)), cache_dir=str(tmp_path / "cache"))
+
+    assert len(load().train) == 4
+    assert "only json is read, so these files are left out: dev.csv, train.tsv.gz; convert them" in caplog.text
+    caplog.clear()
+    (folder / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: train-*.jsonl\n---\n")
+    assert len(load().train) == 4 and "left out" not in caplog.text
+
+
 def test_faults_of_files(load, tmp_path):
     with pytest.raises(
         InputError, match=r"--train_file .*: there is no such file; check the path .folders: --dataset_name"
