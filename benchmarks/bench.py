@@ -164,7 +164,7 @@ class Run:
         return [row for file in files for row in results.mark_noisy(file, self.recorded[name], self.folder)]
 
     def unsettled(self, name: str) -> bool:
-        """Whether more repetitions may help: a row is noisy, or was measured once, so that nobody can tell."""
+        """Whether to repeat a measurement: a row is noisy, or has one repetition, which cannot show that."""
         if MEASUREMENTS[name].option != REPEATS:
             return False
         return bool(self.noisy(name)) or (self.repeats[name] == 1 and not self.args.small)

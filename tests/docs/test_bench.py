@@ -60,7 +60,7 @@ def test_noisy_rows_are_marked(tmp_path):
     assert [row.get("noisy") for row in results.read("basis", tmp_path)] == [True, True, None]  # not of other commands
 
 
-@pytest.mark.parametrize(("slower", "most"), [(0.5, [3]), (1.6, [1, 2]), (1.9, [1, 2])])
+@pytest.mark.parametrize(("slower", "most"), [(0.5, [3]), (1.6, [1, 2]), (2.3, [1, 2])])
 def test_a_slow_machine_measures_all_with_fewer_repetitions(tmp_path, slower, most):
     class Slow(Recorded):
         def time(self, name: str, repeats: int) -> float:
