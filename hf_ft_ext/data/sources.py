@@ -208,10 +208,12 @@ def _open_files(
     for option, name in files.items():
         path = Path(name).expanduser()
         suffix = data_suffix(path)
-        if suffix not in FORMATS and not path.is_dir():
+        if path.is_dir():
+            raise InputError(f"--{option} {name} is a folder; pass a file, or the folder as --dataset_name")
+        if suffix not in FORMATS:
             raise InputError(f"--{option} {name}: unknown file format '{path.suffix}'; use {', '.join(FORMATS)}")
         if not path.is_file():
-            raise InputError(f"--{option} {name}: there is no such file; check the path (folders: --dataset_name)")
+            raise InputError(f"--{option} {name}: there is no such file; check the path")
         kinds[name] = FORMATS[suffix]
     if len(set(kinds.values())) > 1:
         listed = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())

@@ -146,8 +146,13 @@ def test_bad_lengths(options, message):
 
 def test_a_limit_that_cannot_keep_the_mask():
     PromptEncoder(tiny_tokenizer(), IT_WAS, 1, 16, 10).check_limits(10, None)
-    with pytest.raises(InputError, match=r"other_sent_limit=50 limits no text: .*_it_was.*; leave --other_sent_limit"):
+    with pytest.raises(
+        InputError, match=r"other_sent_limit=50 has no effect: .*_it_was.* no text but the first; leave"
+    ):
         PromptEncoder(tiny_tokenizer(), IT_WAS, 1, 16).check_limits(None, 50)
+    only_second = IT_WAS.replace("sent_0", "sent_1")
+    with pytest.raises(InputError, match=r"first_sent_limit=5 has no effect: .* no place for the first text; leave"):
+        PromptEncoder(tiny_tokenizer(), only_second, 2, 16).check_limits(5, None)
     with pytest.raises(
         InputError, match=r"first_sent_limit=11 cannot keep the mask: .* max_seq_length=16; pass .* 10"
     ):

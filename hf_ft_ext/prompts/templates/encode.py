@@ -148,20 +148,21 @@ class PromptEncoder:
     def check_limits(
         self, first_sent_limit: int | None, other_sent_limit: int | None, demonstrations: bool = False
     ) -> None:
-        """Refuse limits set by the user that do not fit into `max_seq_length`, or that limit nothing.
+        """Refuse limits set by the user that do not fit into `max_seq_length`, or that have no effect.
 
         Args:
             demonstrations: they follow, and their texts count as other ones.
 
         Raises:
-            InputError: a limit is too large, or there is no text that it would limit.
+            InputError: a limit is too large, or the template has no text to which it applies.
         """
         limits = {"first_sent_limit": first_sent_limit, "other_sent_limit": other_sent_limit}
         for name, limit in limits.items():
             slots = [s for s in self.sentences if (s.index == 0) == (name == "first_sent_limit")]
             if limit is not None and not slots and not (demonstrations and name == "other_sent_limit"):
+                which = "no text but the first" if name == "other_sent_limit" else "no place for the first text"
                 raise InputError(
-                    f"{name}={limit} limits no text: the template {self.template!r} has none such; leave --{name} out"
+                    f"{name}={limit} has no effect: the template {self.template!r} has {which}; leave --{name} out"
                 )
             room = self.max_length - self.overhead - (len(self.sentences) - len(slots))
             if limit is not None and slots and limit * len(slots) > room:

@@ -231,10 +231,12 @@ def test_files_of_another_format_in_a_folder_are_named(tmp_path, caplog):
 
 
 def test_faults_of_files(load, tmp_path):
-    with pytest.raises(
-        InputError, match=r"--train_file .*: there is no such file; check the path .folders: --dataset_name"
-    ):
-        load(train_file=".")
+    (tmp_path / "rows.csv").mkdir()
+    for folder in (".", "rows.csv"):
+        with pytest.raises(
+            InputError, match=r"--train_file .* is a folder; pass a file, or the folder as --dataset_name"
+        ):
+            load(train_file=folder)
     with pytest.raises(InputError, match=r"--train_file .*train.xlsx: unknown file format '.xlsx'; use .csv, .tsv"):
         load(train_file="train.xlsx")
     with pytest.raises(InputError, match=r"--train_file .*missing.csv: there is no such file"):
