@@ -65,13 +65,18 @@ def table(specification: dict[str, Any], folder: Path = results.FOLDER, docs: st
 
 
 def rows_of(specification: dict[str, Any], folder: Path = results.FOLDER) -> list[dict[str, Any]]:
-    """The rows that a table shows, in the order of the files."""
+    """The rows that a table shows: in its `order`, if it has one, else in that of the files."""
     wanted = dict(specification["rows"])
     rows = []
     for name in as_list(wanted.pop("file")):
         for row in results.read(name, folder):
             if all(row.get(key) in as_list(value) for key, value in wanted.items()):
                 rows.append({**row, "file": name})
+    orders = {
+        key: {value: place for place, value in enumerate(values)}
+        for key, values in specification.get("order", {}).items()
+    }
+    rows.sort(key=lambda row: [places.get(row.get(key), len(places)) for key, places in orders.items()])
     return rows
 
 

@@ -127,6 +127,10 @@ def test_rows_crossed_by_task(tmp_path):
     ]  # fmt: skip
     lines = tables.table({**specification, "cells": {"rte": "{value:.0f}"}}, tmp_path).splitlines()
     assert lines[2] == "| lora | 84.5 ± 0.7 | 61 |"
+    ordered = {**specification, "order": {"method": ["other", "full"], "task": ["rte"]}}
+    lines = tables.table(ordered, tmp_path).splitlines()
+    assert [line.split(" ", 2)[1] for line in (lines[0], *lines[2:4])] == ["method", "full", "lora"]
+    assert lines[3] == "| lora | 84.5 ± 0.7 | 61.0 ± 1.4 |"  # one order of columns for all lines
 
 
 def test_a_command_can_be_repeated_and_names_no_folder_of_this_machine(tmp_path, monkeypatch):
