@@ -24,6 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedConfig
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import (
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
@@ -83,6 +84,9 @@ def save_base_configuration(
     config = copy.deepcopy(base.config)
     config.architectures = [type(base).__name__]
     config.dtype = str(base.dtype).removeprefix("torch.")
+    for part in (base, config):
+        if getattr(part, "_auto_class", None) is not None:  # a model with its own code, which loading the folder runs
+            custom_object_save(part, folder, config=config)
     write_text(folder / CONFIG_NAME, config.to_json_string())
     if getattr(base, "generation_config", None) is not None and base.can_generate():
         write_text(folder / GENERATION_CONFIG_NAME, base.generation_config.to_json_string())

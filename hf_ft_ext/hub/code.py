@@ -7,6 +7,7 @@ from typing import Any
 
 import peft
 import transformers
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 
 import hf_ft_ext
 from hf_ft_ext.hub.files import ADAPTER_CONFIG
@@ -37,7 +38,8 @@ def loading_snippet(run: FinishedRun, trainer: type | None, record: dict[str, An
     lines = [f"model = {code}"]
     if not download:
         libraries["transformers"].add("AutoTokenizer")
-        lines.append(f"tokenizer = AutoTokenizer.from_pretrained({run.repo_id!r})")
+        own_code = ", trust_remote_code=True" if _has_own_tokenizer(run) else ""
+        lines.append(f"tokenizer = AutoTokenizer.from_pretrained({run.repo_id!r}{own_code})")
     imports = [f"from {library} import {', '.join(sorted(names))}" for library, names in libraries.items() if names]
     if own_adapter:
         imports.append("import hf_ft_ext  # registers this kind of adapter with peft")
@@ -80,6 +82,11 @@ class _FromHub(ast.NodeTransformer):
         if isinstance(node.value, str) and is_foreign_path(node.value):
             return ast.Constant(self.run.base or last_part(node.value))
         return node
+
+
+def _has_own_tokenizer(run: FinishedRun) -> bool:
+    path = run.folder / TOKENIZER_CONFIG_FILE
+    return path.is_file() and "auto_map" in json.loads(path.read_text(encoding="utf-8"))
 
 
 def _is_peft_adapter(run: FinishedRun) -> bool:

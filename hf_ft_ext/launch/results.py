@@ -156,24 +156,26 @@ def loading_line(trainer: Trainer) -> str:
     if hasattr(trainer, "loading_line"):  # a method whose result is more than a model file
         return trainer.loading_line()
     folder = trainer.args.output_dir
+    is_adapter = isinstance(trainer.model, PeftModel)
+    inner = trainer.model.get_base_model() if is_adapter else trainer.model
+    own_code = ", trust_remote_code=True" if type(inner).__module__.startswith("transformers_modules.") else ""
     if language_of(trainer) is not None:
-        is_adapter = isinstance(trainer.model, PeftModel)
-        inner = trainer.model.get_base_model() if is_adapter else trainer.model
         kind = loading_class(inner)
-        return f"{kind.replace('Auto', 'AutoPeft', 1) if is_adapter else kind}.from_pretrained({folder!r})"
+        kind = kind.replace("Auto", "AutoPeft", 1) if is_adapter else kind
+        return f"{kind}.from_pretrained({folder!r}{own_code})"
     prompt = is_prompt_model(trainer.model)
-    if not isinstance(trainer.model, PeftModel):
+    if not is_adapter:
         name = "PromptForSequenceClassification" if prompt else "AutoModelForSequenceClassification"
-        return f"{name}.from_pretrained({folder!r})"
-    base = trainer.model.peft_config["default"].base_model_name_or_path
+        return f"{name}.from_pretrained({folder!r}{own_code})"
     if prompt:
         return f"PeftModel.from_pretrained(PromptForSequenceClassification.from_adapter({folder!r}), {folder!r})"
-    revision = trainer.model.peft_config["default"].revision
-    chosen = f"revision={revision!r}, " if revision is not None else ""
+    adapter = trainer.model.peft_config["default"]
+    chosen = "" if adapter.revision is None else f", revision={adapter.revision!r}"
     # The configuration has the trained labels; if the base has a head of another size, the adapter replaces it.
     return (
-        f"PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained({base!r}, {chosen}"
-        f"config=AutoConfig.from_pretrained({folder!r}), ignore_mismatched_sizes=True), {folder!r})"
+        f"PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained("
+        f"{adapter.base_model_name_or_path!r}{chosen}{own_code}, "
+        f"config=AutoConfig.from_pretrained({folder!r}{own_code}), ignore_mismatched_sizes=True), {folder!r})"
     )
 
 

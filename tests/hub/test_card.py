@@ -190,3 +190,24 @@ def test_any_line_that_loads_becomes_code_of_the_hub(tmp_path, load, code):
     snippet = re.search(r"```python\n(.*?)```", text, flags=re.DOTALL).group(1)
     assert code in snippet and "/r/" not in text
     compile(snippet, "snippet", "exec")
+
+
+@pytest.mark.parametrize(
+    ("load", "source", "base"),
+    [
+        ("AutoModelForCausalLM.from_pretrained('out')", {"hub_id": "o/b", "revision": "main"}, "'o/b', config"),
+        ("AutoModelForSequenceClassification.from_pretrained('out', trust_remote_code=True)",
+         {"hub_id": "o/b", "revision": "v2"}, "'o/b', revision='v2', trust_remote_code=True, config"),
+        ("PromptForSequenceClassification.from_pretrained('out')", {"hub_id": "o/b", "revision": None}, None),
+        ("AutoModelForSequenceClassification.from_pretrained('out')", {"hub_id": None, "revision": None}, None),
+    ],
+)  # fmt: skip
+def test_a_delta_is_applied_to_the_model_that_training_started_from(tmp_path, load, source, base):
+    """To its class, revision and type of weights; a prompt model is not on the Hub."""
+    (tmp_path / "sparse_delta.safetensors").touch()
+    text = model_card(tmp_path, run_record("sparse", 1, 0.5, load=load, model_source=source), "me/x")
+    codes = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(codes) == (1 if base is None else 2)
+    if base is not None:
+        assert f"{load.partition('.')[0]}.from_pretrained(\n    {base}=config, ignore" in codes[1]
+        assert "config = AutoConfig.from_pretrained('me/x'" in codes[1]

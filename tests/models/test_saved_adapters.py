@@ -71,6 +71,33 @@ def test_an_adapter_of_another_name_loads_from_the_folder_of_its_name(tmp_path):
         AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
 
 
+def test_models_with_their_own_code_load_as_printed(tmp_path, monkeypatch, tokenizer):
+    """The adapter's folder has the code too, as its configuration names it."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    base, out = tmp_path / "base", str(tmp_path / "out")
+    tiny_model().save_pretrained(base)
+    classes = {"AutoConfig": "own_code.OwnConfig", "AutoModelForSequenceClassification": "own_code.OwnModel"}
+    config = json.loads((base / "config.json").read_text()) | {"model_type": "own", "auto_map": classes}
+    (base / "config.json").write_text(json.dumps(config))
+    (base / "own_code.py").write_text(
+        "from transformers import BertConfig, BertForSequenceClassification\n"
+        "class OwnConfig(BertConfig):\n    model_type = 'own'\n"
+        "class OwnModel(BertForSequenceClassification):\n    config_class = OwnConfig\n"
+    )
+    names = {kind.__name__: kind for kind in (AutoConfig, AutoModelForSequenceClassification, PeftModel)}
+    for kind, args in ((FullTrainer, FullTrainingArguments), (LoraTrainer, LoraTrainingArguments)):
+        model = AutoModelForSequenceClassification.from_pretrained(base, trust_remote_code=True)
+        arguments = args(out, max_steps=1, use_cpu=True, report_to="none", disable_tqdm=True)
+        trainer = kind(model, arguments, train_dataset=tiny_dataset(8), processing_class=tokenizer)
+        trainer.train()
+        trainer.save_model()
+        loaded = eval(loading_line(trainer), dict(names)).eval()
+        ids = torch.arange(5, 15)[None]
+        assert torch.equal(loaded(input_ids=ids).logits, trainer.model.eval()(input_ids=ids).logits)
+        shutil.rmtree(out)
+
+
 def base_folder(folder, kind: str, tokenizer) -> str:
     """A base model: without a head, with one of three classes, or with one of the same size and other names."""
     if kind == "fresh":

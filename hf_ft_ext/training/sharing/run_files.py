@@ -58,11 +58,6 @@ class FinishedRun:
         """Whether the folder holds this file."""
         return (self.folder / name).is_file()
 
-    @property
-    def num_labels(self) -> int:
-        """Outputs of the head: classes, or 1 for a regression."""
-        return len(self.record.get("labels") or [None])
-
 
 def matching(folder: str | os.PathLike, patterns: Iterable[str]) -> list[Path]:
     """The files in `folder` whose relative path matches a pattern; `*` matches within a folder, `**/` any depth.
@@ -114,18 +109,25 @@ def command_words(key: str, value: Any) -> list[str]:
 def delta_code(run: FinishedRun, file: str, reader: str) -> str | None:
     """Python code that applies the delta `file` to the base model with the function `reader` of `hf_ft_ext`.
 
-    `None` if the file does not exist or the base model is not on the Hub.
+    `None` if the file does not exist, the base model is not on the Hub, or it is inside of a prompt model.
     """
-    if run.base is None or not run.has(file):
+    load = run.record.get("load") or "AutoModelForSequenceClassification"
+    kind = load.partition(".")[0]
+    if run.base is None or not run.has(file) or not kind.startswith("AutoModel"):
         return None
+    own_code = ", trust_remote_code=True" if "trust_remote_code=True" in load else ""
+    revision = (run.record.get("model_source") or {}).get("revision") or "main"
+    chosen = "" if revision == "main" else f", revision={revision!r}"
     return "\n".join(
         (
             "from huggingface_hub import snapshot_download",
-            "from transformers import AutoModelForSequenceClassification",
+            f"from transformers import AutoConfig, {kind}",
             f"from hf_ft_ext import {reader}",
             "",
-            "base = AutoModelForSequenceClassification.from_pretrained(",
-            f"    {run.base!r}, num_labels={run.num_labels}, ignore_mismatched_sizes=True",
+            "# the labels of the run, and the type of its weights",
+            f"config = AutoConfig.from_pretrained({run.repo_id!r}{own_code})",
+            f"base = {kind}.from_pretrained(",
+            f"    {run.base!r}{chosen}{own_code}, config=config, ignore_mismatched_sizes=True",
             ")",
             f"model = {reader}(base, snapshot_download({run.repo_id!r}, allow_patterns={file!r}))",
         )
