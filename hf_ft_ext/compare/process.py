@@ -40,7 +40,22 @@ class Outcome:
 
 
 def find_run(folder: Path, words: list[str]) -> dict[str, Any] | None:
-    """The record of the run in `folder`, if it was finished with the arguments `words`, in any order; else `None`."""
+    """The record of the run in `folder`, if it was finished with the arguments `words`, in any order; else `None`.
+
+    Also `None` if a file that it read was changed since.
+    """
+    record = _record(folder, words)
+    if record is None:
+        return None
+    try:
+        finished = (folder / RUN_RECORD).stat().st_mtime
+        files = map(Path, ((record.get("data") or {}).get("files") or {}).values())
+        return None if any(file.is_file() and file.stat().st_mtime > finished for file in files) else record
+    except (OSError, TypeError, AttributeError):  # a damaged record
+        return None
+
+
+def _record(folder: Path, words: list[str]) -> dict[str, Any] | None:
     try:
         record = json.loads((folder / RUN_RECORD).read_text(encoding="utf-8"))
         return record if _settings(arguments_of(record["command"])) == _settings(words) else None
@@ -90,7 +105,7 @@ def run_or_find(folder: Path, words: list[str], seconds: float | None = None) ->
         finally:
             _end(process)
     spent = time.monotonic() - start
-    if process.returncode == 0 and (found := find_run(folder, words)) is not None:
+    if process.returncode == 0 and (found := _record(folder, words)) is not None:
         return Outcome(DONE, found, seconds=spent)
     return Outcome(FAILED, reason=_reason(process.returncode, log), seconds=spent)
 

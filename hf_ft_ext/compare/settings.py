@@ -5,7 +5,7 @@ import functools
 import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
@@ -81,10 +81,12 @@ def read_comparison(argv: list[str]) -> Comparison:
     """
     argv = list(argv)
     recipe = read_recipe(argv.pop(0)) if argv and not argv[0].startswith("-") else {}
-    own, rest = _parser().parse_known_args(argv)
+    if not {"-h", "--help"}.isdisjoint(argv):
+        _parser().parse_args(["--help"])
+    line = _grouped(argv)
     options = {key: recipe.pop(key) for key in _OWN_KEYS if key in recipe}
-    options |= {key: value for key, value in vars(own).items() if value is not None}
-    line, shared = _grouped(rest), {key: _words(key, value) for key, value in recipe.items() if value is not None}
+    options |= {key: _own_value(key, line.pop(key)) for key in _OWN_KEYS if key in line}
+    shared = {key: _words(key, value) for key, value in recipe.items() if value is not None}
     _refuse_reserved({**shared, **line})
     chosen = _chosen(options.get("methods"), options.get("variants") or {})
     with_defaults = not {"model_name_or_path"} & (shared.keys() | line.keys())
@@ -108,13 +110,8 @@ def read_comparison(argv: list[str]) -> Comparison:
     return comparison
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(message.removeprefix("argument "))
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = argparse.ArgumentParser(
         prog="hf-ft-ext compare",
         usage=USAGE,
         description="Run several methods on the same data, each run in a separate process, and write report.html, "
@@ -122,7 +119,6 @@ def _parser() -> argparse.ArgumentParser:
         epilog="All other arguments are those of the launcher (`run_glue.py --help`) and are passed to every method "
         "that has them. A recipe is a YAML file of these arguments; `variants` in it maps names to their settings, "
         "including `method`.",
-        allow_abbrev=False,
     )
     names = ", ".join(METHODS)
     parser.add_argument("--methods", help=f"Methods or variants of the recipe, separated by commas ({names})")
@@ -152,6 +148,23 @@ def _grouped(rest: list[str]) -> Words:
         else:
             groups[name].append(word)
     return groups
+
+
+def _own_value(key: str, words: list[str]) -> str | bool:
+    """The value of an option of the comparison itself, which has one; `True` for `--dry_run`."""
+    _, given, value = words[0].partition("=")
+    values = [value, *words[1:]] if given else words[1:]
+    if key == "dry_run" and not values:
+        return True
+    if key in ("dry_run", "variants") or len(values) != 1:
+        how = {
+            "dry_run": "takes no value",
+            "variants": "is a mapping; set it in a recipe",
+            "methods": "takes one value: names separated by commas",
+            "seeds": "takes one value: a number, or seeds separated by commas",
+        }.get(key, "takes one value")
+        raise InputError(f"--{key} {how}, got: {' '.join(values) or 'none'}")
+    return values[0]
 
 
 def _words(key: str, value: Any) -> list[str]:

@@ -47,6 +47,7 @@ if rate == "6":
     time.sleep(1)
 record = {RECORD!r}
 record.update(method=value("--method"), seed=seed, command=["run_glue.py", *words], task="demo")
+record["data"] = {{"files": {{"train_file": value("--train_file")}} if value("--train_file") else None}}
 record["metrics"]["eval_accuracy"] = 0.5 + seed / 1000
 os.makedirs(folder, exist_ok=True)
 with open(os.path.join(folder, "token"), "w") as file:
@@ -165,7 +166,14 @@ def test_unsupported_arguments_are_left_out_and_reported():
         (["--methods", "lora", "--lora_r", "0"], "lora: lora_r must be 1 or more"),
         (["--learning_rate", "fast"], "full: .*learning_rate.*fast"),
         (["stray.yaml"], "is not a file"),
-        (["--methods", "full", "lora"], "unexpected argument 'lora'"),
+        (
+            ["--report_to", "none", "--methods", "full", "lora"],
+            "--methods takes one value: names separated by commas, got",
+        ),
+        (["--text_columns", "a", "--seeds", "1", "2"], "--seeds takes one value: .*, got: 1 2"),
+        (["--max-minutes"], "--max_minutes takes one value, got: none"),
+        (["--dry_run", "false"], "--dry_run takes no value, got: false"),
+        (["--variants", "a"], "--variants is a mapping; set it in a recipe"),
     ],
 )
 def test_bad_input_ends_before_the_first_run(argv, message, capsys):
@@ -269,6 +277,15 @@ def test_only_what_is_missing_or_changed_is_run():
     Path("runs/compare-demo/runs/lora-seed42/run.json").write_text("{")  # damaged: run again
     assert main(["--methods", "full,lora", "--seeds", "2", "--lora_r", "4"]) == 0
     assert [launches(f"{name}-seed{seed}") for seed in (42, 43) for name in ("full", "lora")] == [1, 2, 1, 2]
+
+
+def test_runs_on_a_changed_data_file_are_repeated():
+    write_texts("train.csv", 8)
+    argv = ["--methods", "full", "--train_file", "train.csv", "--validation_file", "train.csv", "--output_dir", "out"]
+    assert main(argv) == main(argv) == 0
+    assert launches("full-seed42", "out") == 1
+    os.utime("train.csv", (time.time() + 1, time.time() + 1))
+    assert main(argv) == 0 and launches("full-seed42", "out") == 2
 
 
 @pytest.mark.parametrize(
