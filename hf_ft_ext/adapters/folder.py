@@ -60,7 +60,7 @@ def set_base_name_of(config: PeftConfig, base: nn.Module) -> None:
         config.revision = revision
 
 
-def save_configuration(model: PeftModel, folder: str | os.PathLike) -> None:
+def save_configuration(model: PeftModel, folder: str | os.PathLike, shared: bool = False) -> None:
     """Write the configuration of the wrapped model, and the index of its base weights, beside each saved adapter.
 
     No index is written if the base's weights are not in local safetensors files (a model built from a configuration,
@@ -68,14 +68,20 @@ def save_configuration(model: PeftModel, folder: str | os.PathLike) -> None:
 
     Args:
         folder: where `PeftModel.save_pretrained` wrote the adapters: `default` in it, others in a folder each.
+        shared: whether the folder is for other machines; `local_files` are then removed instead.
     """
     for name, config in model.peft_config.items():
         own = Path(folder) if name == "default" else Path(folder) / name
-        save_base_configuration(model.get_base_model(), own, config.revision, name)
+        if (own / ADAPTER_CONFIG).is_file():
+            save_base_configuration(model.get_base_model(), own, config.revision, name, shared)
 
 
 def save_base_configuration(
-    base: nn.Module, folder: str | os.PathLike, revision: str | None, adapter_name: str = "default"
+    base: nn.Module,
+    folder: str | os.PathLike,
+    revision: str | None,
+    adapter_name: str = "default",
+    shared: bool = False,
 ) -> None:
     """As `save_configuration`, for the base model itself and the `revision` in one adapter's configuration."""
     if not isinstance(getattr(base, "config", None), PreTrainedConfig):
@@ -91,7 +97,7 @@ def save_base_configuration(
     if getattr(base, "generation_config", None) is not None and base.can_generate():
         write_text(folder / GENERATION_CONFIG_NAME, base.generation_config.to_json_string())
     files = weight_files(getattr(base, "name_or_path", None), revision, _loaded_from(base).get("cache_dir"))
-    if not files or hasattr(type(base), "from_adapter"):  # a prompt model loads its base itself
+    if shared or not files or hasattr(type(base), "from_adapter"):  # a prompt model loads its base itself
         for path in local_files(folder):
             path.unlink()
         return

@@ -42,6 +42,7 @@ _TOKENIZER = (
 )  # fmt: skip
 _EXCLUDED = (
     ".*",
+    "_*",
     "checkpoint-*",
     "run-*",
     "training_args.bin",

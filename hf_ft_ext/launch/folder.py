@@ -33,7 +33,8 @@ from hf_ft_ext.training.saved.checkpoints import (
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = ".run.lock"  # it stays in the folder and does no harm there
-LOCK_HOLDER_FILE = ".run.owner.json"  # beside it, because a second process may truncate the locked file
+# Beside it, because a second process may truncate the locked file. transformers' pushes leave out names with `_`.
+LOCK_HOLDER_FILE = "_run.owner.json"
 
 # Weights of models and of adapters. Files of both kinds in one folder would make it unloadable, so all are deleted.
 _WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*", "adapter_model.*")

@@ -12,11 +12,11 @@ from offline import write_model
 from pushed import QUICK, card_of, fresh_process, snippets
 from run_records import model_run, run_record, write_run
 from stand_in import BROKEN, Fault, Repository
-from tiny import tiny_model, write_texts
+from tiny import tiny_dataset, tiny_model, write_texts
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import run_glue
-from hf_ft_ext import PromptEncoder, load_kernel
+from hf_ft_ext import LoraTrainer, LoraTrainingArguments, PromptEncoder, load_kernel
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.hub.__main__ import main as push_main
 from hf_ft_ext.hub.push import push_run
@@ -197,6 +197,24 @@ def test_tokens_and_paths_are_in_no_file_and_not_in_the_repository(hub, base, mo
     card = pushed["README.md"].decode()
     assert "from a local folder (`base`)" in card and "| validation | 5 of 12, the first ones | accuracy |" in card
     assert "model-index" not in card
+
+
+def test_adapters_pushed_by_transformers_lack_the_files_of_this_machine(hub, base, tokenizer):
+    """During training and by `push_to_hub`; here the folders still load with the base model's files."""
+    local = {"model.safetensors.index.json", "model-head.safetensors"}
+    settings = {"max_steps": 2, "save_steps": 2, "hub_strategy": "checkpoint", "push_to_hub": True}
+    args = LoraTrainingArguments("out", hub_model_id="me/out", use_cpu=True, disable_tqdm=True, **settings)
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3, ignore_mismatched_sizes=True)
+    trainer = LoraTrainer(model, args, train_dataset=tiny_dataset(8), processing_class=tokenizer)
+    trainer.train()
+    trainer.push_to_hub(blocking=False)
+    pushed = hub.repositories["me/out"].files
+    assert {"adapter_model.safetensors", "last-checkpoint/adapter_model.safetensors"} <= pushed.keys()
+    assert not local & {Path(name).name for name in pushed}
+    for folder in ("out", "out/checkpoint-2"):
+        assert local <= set(os.listdir(folder))
+        loaded = AutoModelForSequenceClassification.from_pretrained(folder)
+        assert torch.equal(logits(loaded, tokenizer), logits(trainer.model, tokenizer))
 
 
 def test_an_adapter_of_a_local_model_is_warned_about(hub, base, caplog):

@@ -1,15 +1,18 @@
 """Saving complete adapters (with the model's configuration), and the configuration that training and saving need."""
 
+import concurrent.futures
+import contextlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, get_last_checkpoint
 
 from hf_ft_ext.adapters.folder import save_configuration, set_base_name
 from hf_ft_ext.errors import InputError, first_line
@@ -50,6 +53,7 @@ class CompleteSaves(_Trainer):
     """
 
     launcher_settings: Mapping[str, Any] = {}
+    _shares = False  # whether what is saved is pushed at once
 
     def __init__(self, model: nn.Module | None = None, *positional, **kwargs):
         if isinstance(model, nn.Module):
@@ -131,7 +135,38 @@ class CompleteSaves(_Trainer):
             set_base_name(model)
         super()._save(output_dir, state_dict)
         if isinstance(model, PeftModel) and self.args.should_save:
-            save_configuration(model, output_dir if output_dir is not None else self.args.output_dir)
+            save_configuration(model, output_dir if output_dir is not None else self.args.output_dir, self._shares)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.args.hub_strategy == HubStrategy.END:
+            return
+        with self._sharing(checkpoint_folder):
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def push_to_hub(self, *positional, **kwargs) -> Any:
+        with self._sharing(self.args.output_dir):
+            pushed = super().push_to_hub(*positional, **kwargs)
+            if isinstance(self.model, PeftModel) and isinstance(pushed, Future):
+                concurrent.futures.wait([pushed])
+        return pushed
+
+    @contextlib.contextmanager
+    def _sharing(self, folder: str) -> Iterator[None]:
+        """A context in which `folder` is pushed: without the files of an adapter that this machine alone can use.
+
+        transformers would take the base model's files, which they name, for parts of the checkpoint.
+        """
+        if not isinstance(self.model, PeftModel) or not self.is_world_process_zero():
+            yield
+            return
+        self._shares = True
+        try:
+            save_configuration(self.model, folder, shared=True)
+            yield
+            self._finish_current_push()  # the files come back after the upload
+        finally:
+            self._shares = False
+            save_configuration(self.model, folder)
 
 
 def checkpoint_to_resume(resume_from_checkpoint: str | bool | None, output_dir: str) -> str | None:
