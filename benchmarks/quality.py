@@ -89,9 +89,10 @@ class Variant:
             record = self.tried.get(rate if seed is None else (rate, seed))
             if record is None:  # known scores have no loss, and are not those of a seed
                 return (self.known_tries.get(rate, float("-inf")) if seed is None else float("-inf")), 0.0
-            return record["metrics"][self.score], -record["metrics"]["eval_loss"]
+            loss = record["metrics"].get("eval_loss")  # null if it was not finite
+            return record["metrics"][self.score], float("-inf") if loss is None else -loss
 
-        return max(self.rates, key=quality)
+        return max(self.rates, key=quality, default=None)
 
     def read_known(self, rows: list[dict], rates_of: str | None = None) -> None:
         """Take what result file rows say about this variant; with `rates_of` only the rate that was best on that task.
@@ -165,7 +166,7 @@ def stages(variants: list[Variant], args: argparse.Namespace, passed_on: list[st
     def runs(some: list[Variant], seed: int) -> list[Job]:
         jobs = []
         for variant in some:
-            if seed in variant.known.get("score", {}):
+            if seed in variant.known.get("score", {}) or not variant.rates:
                 continue
             best = variant.best()
             same = "max_steps" in variant.settings or tune == whole
@@ -221,14 +222,21 @@ def _run(folder: Path, words: list[str]) -> Outcome:
 
 def _accept(job: Job, outcome: Outcome, args: argparse.Namespace) -> None:
     """Take the record of a finished run to its variant."""
-    variant, record = job.variant, outcome.record
+    variant, record, reason = job.variant, outcome.record, outcome.reason
     where = f"{variant.task} {job.folder.name}"
-    if record is None:
-        variant.failed.append(f"{where}: {outcome.reason}; see {log_of(job.folder)}")
+    shown = variant.score if job.tuning and not args.few_shot else variant.report
+    if record is not None:
+        for weights in job.folder.rglob("*.safetensors"):
+            weights.unlink()
+        needed = {variant.score, shown} if job.tuning else {shown}
+        if missing := [key for key in needed if record["metrics"].get(key) is None]:
+            reason = f"no finite {missing[0]} among its metrics: {', '.join(record['metrics'])}"
+    if reason:
+        variant.failed.append(f"{where}: {reason}; see {log_of(job.folder)}")
         print(f"FAILED {variant.failed[-1]}", flush=True)
+        if job.tuning and not args.few_shot:
+            variant.rates = [rate for rate in variant.rates if rate != job.rate]
         return
-    for weights in job.folder.rglob("*.safetensors"):
-        weights.unlink()
     if not job.tuning:
         variant.records[job.seed] = record
     elif args.few_shot:
@@ -237,7 +245,6 @@ def _accept(job: Job, outcome: Outcome, args: argparse.Namespace) -> None:
             variant.records[job.seed] = variant.tried[variant.best(job.seed), job.seed]
     else:
         variant.tried[job.rate] = record
-    shown = variant.score if job.tuning and not args.few_shot else variant.report
     print(f"{where}: {shown} {record['metrics'][shown]:.4f}, {outcome.seconds:.0f} s", flush=True)
 
 
@@ -249,7 +256,7 @@ def write(variants: list[Variant], args: argparse.Namespace) -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     (args.output_dir / "table.md").write_text(table(variants))
     if args.result:
-        results.save(args.result, [row for variant in variants for row in measured(variant)])
+        results.save(args.result, [row for variant in variants for row in measured(variant)], found=True)
 
 
 def quantities(variant: Variant) -> dict[str, dict[int, float]]:

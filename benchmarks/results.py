@@ -6,7 +6,9 @@ not in `MEASURED` identify it. Saving a row again replaces it and other rows sta
 every step and a partial file is valid. `tables.py` makes the tables of the pages from these files.
 """
 
+import contextlib
 import datetime
+import fcntl
 import json
 import os
 import platform
@@ -14,7 +16,7 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,23 +90,35 @@ def read(name: str, folder: Path = FOLDER) -> list[dict[str, Any]]:
 
 
 def save(
-    name: str, rows: Iterable[dict[str, Any]], command: Sequence[str] | None = None, folder: Path = FOLDER
+    name: str,
+    rows: Iterable[dict[str, Any]],
+    command: Sequence[str] | None = None,
+    folder: Path = FOLDER,
+    found: bool = False,
 ) -> Path:
-    """Add rows to a result file, in place of those that were measured before, and return its path."""
+    """Add rows to a result file, in place of those that were measured before, and return its path.
+
+    Args:
+        found: whether rows with the same values as before may be those of before, found again by a resumed study;
+            they keep their conditions.
+    """
     from hf_ft_ext.files import write_json
 
     run = conditions(command)
-    kept = {_key(row): row for row in read(name, folder)}
-    for row in rows:
-        kept[_key(row)] = {**row, "run": run}
-    runs: list[dict[str, Any]] = []
-    written = []
-    for row in kept.values():
-        if row["run"] not in runs:
-            runs.append(row["run"])
-        written.append({**row, "run": runs.index(row["run"])})
-    path = folder / f"{name}.json"
-    write_json(path, {"runs": runs, "rows": written})
+    with _locked(folder):
+        kept = {_key(row): row for row in read(name, folder)}
+        for row in rows:
+            before = kept.get(_key(row), {})
+            same = found and before and all(before.get(key) == row.get(key) for key in MEASURED if key != "run")
+            kept[_key(row)] = before if same else {**row, "run": run}
+        runs: list[dict[str, Any]] = []
+        written = []
+        for row in kept.values():
+            if row["run"] not in runs:
+                runs.append(row["run"])
+            written.append({**row, "run": runs.index(row["run"])})
+        path = folder / f"{name}.json"
+        write_json(path, {"runs": runs, "rows": written})
     return path
 
 
@@ -131,6 +145,19 @@ def mark_noisy(name: str, commands: Collection[str], folder: Path = FOLDER) -> l
             found.append(row)
     write_json(path, content)
     return found
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """A context in which no other process of this machine saves: each reads and writes whole files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        fcntl.flock(handle, fcntl.LOCK_UN)  # closing does not unlock if a fork has a copy of the handle
+        os.close(handle)
 
 
 def _key(row: dict[str, Any]) -> str:

@@ -2,10 +2,13 @@
 
 import functools
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
 from blocks import ROOT
+
+from hf_ft_ext.compare.process import Outcome
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import page as whole_page
@@ -93,6 +96,26 @@ def test_a_row_measured_again_replaces_the_old_one_and_others_stay(tmp_path):
     assert [row["value"] for row in rows] == [0.7, 0.2]
     assert [row["run"]["command"] for row in rows] == ["first", "second"]
     assert results.read("other", tmp_path) == []
+    results.save("some", [{**TIMES[1], "value": 0.2}, {**TIMES[0], "value": 0.6}], ["resumed"], tmp_path, found=True)
+    rows = results.read("some", tmp_path)
+    assert [(row["value"], row["run"]["command"]) for row in rows] == [(0.6, "resumed"), (0.2, "second")]
+
+
+def test_rows_that_another_study_saves_meanwhile_stay(tmp_path, monkeypatch):
+    read, other = results.read, []
+
+    def slow_read(name, folder):
+        rows = read(name, folder)
+        if not other:  # another study begins to save, between reading and writing of this one
+            other.append(threading.Thread(target=results.save, args=("some", TIMES[1:], ["second"], tmp_path)))
+            other[0].start()
+            other[0].join(0.5)
+        return rows
+
+    monkeypatch.setattr(results, "read", slow_read)
+    results.save("some", TIMES[:1], ["first"], tmp_path)
+    other[0].join()
+    assert len(read("some", tmp_path)) == len(TIMES)
 
 
 def test_a_list_of_rows_as_a_table(tmp_path):
@@ -173,6 +196,23 @@ def test_result_rows_hold_the_scores_that_chose_the_rate(tmp_path):
     rows = [row for row in quality.measured(variant) if row["quantity"] == "tuning score"]
     assert [(row["rate"], row["value"]) for row in rows] == [("1e-4", 0.5), ("1e-3", 0.75)]
     assert len({row["what"] for row in rows}) == 2
+
+
+def test_runs_without_a_finite_score_are_left_out_and_named(tmp_path):
+    """A rate that diverged is not chosen; without any other the variant does not run."""
+    settings = SimpleNamespace(
+        few_shot=False, data_seeds=False, seeds=[1], epochs=2.0, tune_epochs=1.0, tune_steps=None,
+    )  # fmt: skip
+    variant = quality.Variant("v", "sst2", {}, ["1", "2", "3"], tmp_path, "eval_accuracy", "eval_accuracy")
+    stages = quality.stages([variant], settings, [])
+    scores = {"1": (None, None), "2": (0.5, None), "3": (0.5, 1.0)}  # run.json has null for NaN
+    for job in next(stages):
+        score, loss = scores[job.rate]
+        quality._accept(job, Outcome("done", {"metrics": {"eval_accuracy": score, "eval_loss": loss}}), settings)
+    assert variant.best() == "3" and "tune-1: no finite eval_accuracy among" in variant.failed[0]
+    assert [job.rate for stage in stages for job in stage] == ["3"]
+    variant.rates = []
+    assert not [job for stage in quality.stages([variant], settings, []) for job in stage]
 
 
 @pytest.mark.parametrize("few_shot", [False, True])
