@@ -18,6 +18,7 @@ from hf_ft_ext.hub.code import loading_snippet
 from hf_ft_ext.hub.files import ADAPTER_CONFIG, public_record
 from hf_ft_ext.methods import METHODS, hooks_of
 from hf_ft_ext.metrics import SCORES
+from hf_ft_ext.metrics.generation import OF_TRL
 from hf_ft_ext.training.sharing import FinishedRun, is_machine_specific
 from hf_ft_ext.training.sharing.privacy import is_foreign_path, last_part, without_secrets
 from hf_ft_ext.training.sharing.text import bytes_text, code_span, prompt_text, share_text, shell_command
@@ -198,7 +199,9 @@ def _evaluations(record: dict[str, Any]) -> list[dict[str, Any]]:
     for key, value in record["metrics"].items():
         prefix = next((p for p in prefixes if key.startswith(f"{p}_")), None)
         name = key.removeprefix(f"{prefix}_")
-        if prefix and isinstance(value, int | float) and math.isfinite(value) and not _NO_QUALITY.fullmatch(name):
+        if _NO_QUALITY.fullmatch(name) or OF_TRL.fullmatch(name):
+            continue
+        if prefix and isinstance(value, int | float) and math.isfinite(value):
             found.setdefault(prefix, {})[name] = value
     return [
         {

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 from hf_ft_ext.errors import InputError
 
+OF_TRL = re.compile(r"entropy|num_tokens|mean_token_accuracy")  # what trl logs about its batches beside the loss
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 

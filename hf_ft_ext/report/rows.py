@@ -12,6 +12,7 @@ from typing import Any
 
 from hf_ft_ext.data.tasks import TASKS
 from hf_ft_ext.metrics import METRICS, MULTI_LABEL_METRICS, SCORES, primary_key
+from hf_ft_ext.metrics.generation import OF_TRL
 from hf_ft_ext.report.identity import (
     DATA_ARGUMENTS,
     NOT_RECORDED,
@@ -25,7 +26,6 @@ from hf_ft_ext.report.identity import (
 from hf_ft_ext.report.read import Run
 
 _NO_QUALITY = re.compile(r"eval_(.*loss|(.*_)?runtime|.*_per_second|.*_time)")
-_COUNTS_OF_TRL = re.compile(r"eval_(entropy|num_tokens|mean_token_accuracy)")
 _COMPARED_LIBRARIES = ("hf_ft_ext", "torch", "transformers")
 
 
@@ -152,7 +152,8 @@ class Section:
             key: key.removeprefix("eval_").replace("_", " ")
             for key in keys
             if key.startswith("eval_") and key != self.metric and not _NO_QUALITY.fullmatch(key)
-            and not _COUNTS_OF_TRL.fullmatch(key) and any(row.score(key) is not None for row in self.rows)
+            and not OF_TRL.fullmatch(key.removeprefix("eval_"))
+            and any(row.score(key) is not None for row in self.rows)
         }  # fmt: skip
 
     @property

@@ -43,6 +43,13 @@ def test_cards_of_other_results(tmp_path):
     metadata = yaml.safe_load(model_card(tmp_path, record, "me/x").split("---\n")[1])
     found = {r["dataset"]["split"]: r["metrics"][0]["value"] for r in metadata["model-index"][0]["results"]}
     assert found == {"validation": 0.5, "validation_mismatched": 0.25}
+    texts = {"eval_perplexity": 3.0, "eval_entropy": 1.0, "eval_num_tokens": 136.0, "eval_mean_token_accuracy": 0.5}
+    record = run_record("lora", 1, None, task_type="causal_lm", metrics=texts, generations=[
+        {"prompt": "a film", "prediction": "", "references": ["good"]}
+    ])  # fmt: skip
+    text = model_card(tmp_path, record, "me/x")
+    assert results_of(text) == {("validation", "perplexity"): 3.0}, "trl's are about its batches"
+    assert "- `a film`: (empty)" in text
     prompt = "PromptForSequenceClassification.from_pretrained('out')"
     text = model_card(tmp_path, run_record("full", 1, 0.5, load=prompt, output_dir="out"), "me/x")
     assert "from hf_ft_ext import PromptForSequenceClassification" in text

@@ -35,8 +35,10 @@ def bytes_text(value: float | None) -> str:
 
 
 def code_span(text: Any) -> str:
-    """`text` as inline code of Markdown; backticks in it are handled."""
+    """`text` as inline code of Markdown; backticks in it are handled, and an empty one is a word."""
     text = re.sub(r"\s+", " ", str(text))
+    if not text:
+        return "(empty)"
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     space = " " if "`" in text else ""
     return f"{fence}{space}{text}{space}{fence}"
