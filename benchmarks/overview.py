@@ -108,7 +108,7 @@ def choice(folder: Path = results.FOLDER) -> tuple[list[str], list[dict[str, Any
         empty = " Empty: not measured there." if len(measured) < len(shown) else ""
         lines = [
             f"{description()['files'][name]} on {description()['task']}. Peak: above the loaded model, over the whole "
-            f"run.{empty}" + (f" {beside['about']}" if others else ""),
+            f"run. {description()['spread']}{empty}" + (f" {beside['about']}" if others else ""),
             "",
         ]
     heads = ["you want", "`--method`", *columns, *([beside["head"]] if others else []), "what it is"]
@@ -257,5 +257,7 @@ def _line(x1: float, y1: float, x2: float, y2: float) -> str:
 def _text(
     x: float, y: float, text: str, anchor: str = "start", colour: str = "#333333", weight: str = "normal"
 ) -> str:
-    about = f'text-anchor="{anchor}" fill="{colour}" font-weight="{weight}"'
+    # a white edge, so that no line of the grid runs through the letters
+    edge = 'stroke="#fff" stroke-width="3" paint-order="stroke"'
+    about = f'text-anchor="{anchor}" fill="{colour}" font-weight="{weight}" {edge}'
     return f'<text x="{x:.1f}" y="{y:.1f}" {about}>{escape(text)}</text>'

@@ -67,7 +67,7 @@ def _ratios(entries: list[dict[str, Any]], folder: Path) -> list[str]:
                 row = {**row, "low": None}  # one round has no spread
             target = entry["page"]
             link = f"[{target.partition('.md')[0]}]({target})"
-            noisy = " (noisy)" if row.get("noisy") else ""
+            noisy = " (noisy)" if results.is_noisy(row) else ""
             cell = tables.filled(entry["cell"], row) + noisy
             lines.append(f"| {tables.filled(entry['what'], row)} | {cell} | {entry['against']} | {link} |")
     return lines

@@ -75,6 +75,7 @@ def test_table_has_a_line_for_each_method(tmp_path):
     results.save("base_size", rows(variants), ["x"], tmp_path)
     lines, shown = overview.choice(tmp_path)
     assert len(shown) == 8
+    assert "A score without a deviation is of one seed" in lines[0]
     assert lines[0].startswith("An encoder of") and lines[2].startswith(
         "| you want | `--method` | score, % | peak MiB |"
     )
