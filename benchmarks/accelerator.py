@@ -21,6 +21,7 @@ What does not fit into memory or into `--budget_minutes` is left out, and the ou
 """
 
 import argparse
+import gc
 import statistics
 import sys
 import time
@@ -114,6 +115,7 @@ def attempt(what: str, measure: Callable[[], list[Row]], device: torch.device, b
     except torch.OutOfMemoryError:
         print(f"left out, no memory: {what}")
         rows = []
+    gc.collect()  # searches and their models are in cycles; left to later, they would be in the next one's level
     if device.type == "cuda":
         torch.cuda.empty_cache()
     for row in rows:

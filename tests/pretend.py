@@ -65,6 +65,10 @@ class PretendTensor(torch.Tensor):
     def tolist(self) -> list:
         return self.held.tolist()
 
+    def __reduce_ex__(self, protocol: int) -> Any:
+        """In a file it is a tensor of the CPU, as which `map_location="cpu"` loads those of a device."""
+        return self.held.__reduce_ex__(protocol)
+
     def __repr__(self, **_: Any) -> str:
         return f"PretendTensor({self.held!r})"
 

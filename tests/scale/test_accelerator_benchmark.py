@@ -1,6 +1,8 @@
 """`benchmarks/accelerator.py` with tiny sizes on the CPU, and on a GPU where there is one."""
 
+import gc
 import sys
+import weakref
 
 import pytest
 import torch
@@ -48,6 +50,24 @@ def test_a_wrong_step_is_told(monkeypatch, tmp_path, capsys):
     assert status == 1
     assert "wrong: full, float32: error 0.01" in capsys.readouterr().out
     assert next(row["value"] for row in rows if row["dtype"] == "float32") == pytest.approx(0.01)
+
+
+def test_what_a_measurement_built_is_gone_before_the_next_one():
+    """The next one's peak is above a level that must not hold an earlier model."""
+    left = []
+
+    def measure() -> list[dict]:
+        model = torch.nn.Linear(1, 1)
+        model.itself = [model]  # a cycle, as that of a search and the hooks of its model
+        left.append(weakref.ref(model))
+        return []
+
+    gc.disable()
+    try:
+        accelerator.attempt("one", measure, accelerator.CPU, accelerator.Budget(1))
+    finally:
+        gc.enable()
+    assert left[0]() is None
 
 
 def test_nothing_begins_after_the_budget(monkeypatch, tmp_path, capsys):
