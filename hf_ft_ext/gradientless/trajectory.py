@@ -19,6 +19,7 @@ from transformers import TrainerState
 from transformers.trainer import OPTIMIZER_NAME
 
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.gradientless.optimizers.base import sample_sum
 from hf_ft_ext.gradientless.optimizers.spsa import SPSA
 from hf_ft_ext.offload import hold_offloaded
 
@@ -74,6 +75,7 @@ def save_trajectory(optimizer: SPSA, model: nn.Module, path: str | os.PathLike) 
         "first_steps": list(optimizer.weight_updates.first_steps.items()),
         "seed": optimizer.first_seed,
         "start": optimizer.start,
+        "end": sample_sum(optimizer.perturbed_forward.tensors),
     }
     kind = numpy.float64 if optimizer.double else numpy.float32
     slopes = numpy.array([slopes for slopes, _ in optimizer.record], dtype=kind)
@@ -125,7 +127,9 @@ def rewind_to_best(optimizer: torch.optim.Optimizer, state: TrainerState) -> Non
 def apply_trajectory(base: nn.Module, path: str | os.PathLike) -> nn.Module:
     """Repeat the steps of a trajectory on the initial model, without data and without a loss.
 
-    The final weights equal those of the search bit for bit, on the same kind of device and version of torch.
+    The final weights equal those of the search bit for bit, on the same model of device and version of torch. Others
+    may draw other random numbers, as CUDA cards with another number of processors do. A warning says so if the weights
+    differ from those at the time of saving.
 
     Args:
         base: the model as it was before the search, its head included; changed in place.
@@ -179,6 +183,12 @@ def apply_trajectory(base: nn.Module, path: str | os.PathLike) -> nn.Module:
     optimizer.repeat(
         list(zip(slopes.tolist(), rates.tolist(), strict=True)), about["unseen"], dict(about["first_steps"])
     )
+    if about.get("end") not in (None, sample_sum(optimizer.perturbed_forward.tensors)):  # None: an older file
+        logger.warning(
+            "The repeated weights are not those with which %s was saved: the model was changed after its search, or "
+            "this device or torch draws other random numbers. Repeat it where it was recorded, or load the model.",
+            path,
+        )
     return base
 
 

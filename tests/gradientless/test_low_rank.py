@@ -189,7 +189,7 @@ SEARCHES = {
         ("mezo", torch.float64),
     ],
 )
-def test_a_trajectory_ends_bit_for_bit_where_the_search_did(tmp_path, name, dtype):
+def test_a_trajectory_ends_bit_for_bit_where_the_search_did(tmp_path, caplog, name, dtype):
     model, base, start = (family("roberta", num_hidden_layers=1).to(dtype) for _ in range(3))
     groups = [{"params": [p for p in model.parameters() if p.ndim > 1]},
               {"params": [p for p in model.parameters() if p.ndim < 2], "lr": 3e-3}]  # fmt: skip
@@ -200,12 +200,22 @@ def test_a_trajectory_ends_bit_for_bit_where_the_search_did(tmp_path, name, dtyp
         optimizer.step(lambda: model(**batch).loss)
         schedule.step()
     file = save_trajectory(optimizer, model, tmp_path)
-    assert apply_trajectory(base, file) is base
+    assert apply_trajectory(base, file) is base and "other random numbers" not in caplog.text
     moved = 0
     for (key, value), (_, expected) in zip(base.state_dict().items(), model.state_dict().items(), strict=True):
         assert torch.equal(value, expected), key
         moved += int(not torch.equal(expected, start.state_dict()[key])) if moved < 3 else 0
     assert moved == 3 or (name == "conservative" and dtype == torch.bfloat16)  # all moves are below rounding there
+
+
+def test_a_device_that_draws_other_numbers_is_noticed(tmp_path, monkeypatch, caplog):
+    model = family("bert")
+    optimizer = SPSA(model.parameters(), model, lr=1e-3)
+    optimizer.step(lambda: model(**padded_batch(), labels=LABELS).loss)
+    save_trajectory(optimizer, model, tmp_path)
+    monkeypatch.setattr(directions_module, "_normal", lambda size, _, dtype: torch.ones(size, dtype=dtype))
+    apply_trajectory(family("bert"), tmp_path)
+    assert "The repeated weights are not those with which" in caplog.text
 
 
 def test_twenty_thousand_steps_are_below_a_tenth_of_a_megabyte(tmp_path):
