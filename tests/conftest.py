@@ -295,9 +295,9 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def tiny_bert_dir(tmp_path_factory, tokenizer) -> str:
     """A saved tiny BERT classifier with its tokenizer: what `--model_name_or_path` takes."""
-    from tiny import tiny_model
+    from tiny import one_layer_model
 
     folder = tmp_path_factory.mktemp("tiny-bert")
-    tiny_model("bert").save_pretrained(folder)
+    one_layer_model("bert").save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)

@@ -43,7 +43,7 @@ def _elsewhere(tmp_path, monkeypatch):
 def no_dropout(tmp_path, tokenizer) -> str:
     """A model whose gradient on a batch is the mean of those on its parts."""
     folder = tmp_path / "no-dropout"
-    tiny_model(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).save_pretrained(folder)
+    tiny_model(num_hidden_layers=1, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from hf_ft_ext.methods import METHODS
 
-ROWS, STEPS = 64, 3
+ROWS, STEPS = 64, 2
 # SGD, or AdamW with a large epsilon: a small one turns gradients that are rounding noise into steps of full size.
 SGD = {"optim": "sgd", "learning_rate": 0.1}
 ADAM = {"adam_epsilon": 1e-2, "learning_rate": 1e-2}
