@@ -9,7 +9,12 @@ import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel, get_peft_model
 from tiny import SPECIAL, tiny_dataset, tiny_masked_lm, tiny_model
-from transformers import AutoConfig, AutoModelForSequenceClassification, pipeline
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    pipeline,
+)
 
 from hf_ft_ext import (
     FisherTrainer,
@@ -75,6 +80,8 @@ def test_models_with_their_own_code_load_as_printed(tmp_path, monkeypatch, token
     """The adapter's folder has the code too, as its configuration names it."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(tmp_path / "modules")
+    # loading registers the class; other tests run every class that is registered
+    monkeypatch.setattr(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, "_extra_content", {})
     base, out = tmp_path / "base", str(tmp_path / "out")
     tiny_model().save_pretrained(base)
     classes = {"AutoConfig": "own_code.OwnConfig", "AutoModelForSequenceClassification": "own_code.OwnModel"}
