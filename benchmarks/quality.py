@@ -28,7 +28,8 @@ deleted once a run is recorded. What follows `--` goes to `run_glue.py` as it is
 
 `--known NAME` goes on with a study whose output folder is gone: the rates that stand in result file `NAME` count as
 tried, and the seeds as run. The settings have to be those of that file's commands. `--rates_of TASK` tries nothing:
-each variant takes the rate that was best on that task, by the scores in `NAME`.
+each variant takes the rate that was best on that task, by the scores in `NAME`; with `FILE:TASK` by those of another
+result file, for example of the same study with fewer rows.
 """
 
 import argparse
@@ -94,27 +95,32 @@ class Variant:
 
         return max(self.rates, key=quality, default=None)
 
-    def read_known(self, rows: list[dict], rates_of: str | None = None) -> None:
-        """Take what result file rows say about this variant; with `rates_of` only the rate that was best on that task.
-
-        Raises:
-            SystemExit: no rate of this variant was tried on task `rates_of`.
-        """
+    def read_known(self, rows: list[dict]) -> None:
+        """Take what result file rows say about this variant: the scores of its rates, and its seeds."""
         for row in rows:
-            if row.get("variant") != self.name:
+            if row.get("variant") != self.name or row.get("task") != self.task:
                 continue
             if row["quantity"] == "tuning score":
-                if row.get("task") == (rates_of or self.task):
-                    self.known_tries[row["rate"]] = row["value"]
-            elif row.get("task") == self.task:
+                self.known_tries[row["rate"]] = row["value"]
+            else:
                 self.known[row["quantity"]] = dict(zip(row["seeds"], row["values"], strict=True))
-        if rates_of and len(self.rates) > 1:
-            if not self.known_tries.keys() & set(self.rates):
-                raise SystemExit(
-                    f"{self.name} has no tuning score on {rates_of!r} in the result file of --known for one of its "
-                    f"rates {', '.join(map(str, self.rates))}; tune it on {rates_of!r} first, or leave out --rates_of"
-                )
-            self.rates, self.known_tries = [self.best()], {}  # the scores are not those of this task
+
+    def take_rate(self, rows: list[dict], task: str) -> None:
+        """Keep only the rate that was best on `task`, by the tuning scores among these rows.
+
+        Raises:
+            SystemExit: none of this variant's rates was tried there.
+        """
+        if len(self.rates) < 2:
+            return
+        mine = [row for row in rows if (row.get("variant"), row.get("task"), "rate" in row) == (self.name, task, True)]
+        self.known_tries = {row["rate"]: row["value"] for row in mine}
+        if not self.known_tries.keys() & set(self.rates):
+            raise SystemExit(
+                f"{self.name} has no tuning score on {task!r} in the result file for one of its rates "
+                f"{', '.join(map(str, self.rates))}; tune it on {task!r} first, or leave out --rates_of"
+            )
+        self.rates, self.known_tries = [self.best()], {}  # the scores are not those of this study
 
 
 @dataclass(frozen=True)
@@ -358,7 +364,10 @@ def variants_of(args: argparse.Namespace) -> list[Variant]:
             rates = settings.pop("learning_rate", [None])
             rates = rates if isinstance(rates, list) else [rates]
             variant = Variant(name, task, settings, rates, folder, score, report)
-            variant.read_known(results.read(args.known) if args.known else [], args.rates_of)
+            variant.read_known(results.read(args.known) if args.known else [])
+            if args.rates_of:
+                file, _, other = args.rates_of.rpartition(":")
+                variant.take_rate(results.read(file or args.known), other)
             found.append(variant)
     return found
 
@@ -380,13 +389,13 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="runs at a time")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of all runs together")
     parser.add_argument("--known", metavar="NAME", help="result file with an earlier part of this study")
-    parser.add_argument("--rates_of", metavar="TASK", help="take the best rates on this task from --known")
+    parser.add_argument("--rates_of", metavar="[FILE:]TASK", help="take the best rates there; no FILE = --known")
     parser.add_argument("--result", metavar="NAME", help="result file to write to, results/NAME.json")
     words = sys.argv[1:]
     cut = words.index("--") if "--" in words else len(words)
     args = parser.parse_args(words[:cut])
-    if args.rates_of and (not args.known or args.few_shot):
-        parser.error("--rates_of needs --known, and no --few_shot (which chooses rates for each seed)")
+    if args.rates_of and (args.few_shot or not (args.known or ":" in args.rates_of)):
+        parser.error("--rates_of needs --known or FILE:TASK, and no --few_shot (which chooses rates for each seed)")
     print(shlex.join(["python", "benchmarks/quality.py", *words]), flush=True)
     variants = variants_of(args)
     study(variants, args, words[cut + 1 :])

@@ -271,8 +271,9 @@ def test_a_study_has_whole_rows_early(tmp_path):
     assert jobs == [["w1", "v1?", "v1?"], ["v1", "x1?", "x1?"], ["x1"], ["v2", "w2", "x2"]]
 
 
-def test_a_study_takes_the_rates_of_another_task(tmp_path, monkeypatch):
-    """No rate is tried, the other task's scores count for nothing here, and a variant without tries is refused."""
+@pytest.mark.parametrize("task, known, rates_of", [("cola", "study", "sst2"), ("sst2", None, "study:sst2")])
+def test_a_study_takes_the_rates_of_another(tmp_path, monkeypatch, task, known, rates_of):
+    """No rate is tried, the other study's scores count for nothing here, and a variant without tries is refused."""
     study = tmp_path / "study.yaml"
     rates = "['1e-4', '1e-3', '1e-2']"
     study.write_text(f"v: {{method: lora, learning_rate: {rates}}}\nw: {{method: lora, learning_rate: '5'}}\n")
@@ -281,17 +282,17 @@ def test_a_study_takes_the_rates_of_another_task(tmp_path, monkeypatch):
         for rate, value in (("1e-4", 0.5), ("1e-3", 0.7), ("3e-2", 0.9))  # the last rate is not in the study
     ]
     rows.append({"task": "sst2", "variant": "v", "quantity": "score", "seeds": [1], "values": [0.8]})
-    monkeypatch.setattr(results, "read", lambda name: rows)
+    monkeypatch.setattr(results, "read", {"study": rows}.get)
     args = SimpleNamespace(
-        study=study, rates=None, only=None, task_name=["cola"], output_dir=tmp_path / "runs", report=None,
-        few_shot=False, known="study", rates_of="sst2", data_seeds=False, seeds=[1], epochs=2.0, tune_epochs=1.0,
+        study=study, rates=None, only=None, task_name=[task], output_dir=tmp_path / "runs", report=None,
+        few_shot=False, known=known, rates_of=rates_of, data_seeds=False, seeds=[1], epochs=2.0, tune_epochs=1.0,
         tune_steps=None,
     )  # fmt: skip
     found = quality.variants_of(args)
     jobs = [(job.variant.name, job.rate, job.tuning) for stage in quality.stages(found, args, []) for job in stage]
     assert jobs == [("v", "1e-3", False), ("w", "5", False)]
     assert list(quality.measured(found[0])) == []
-    args.rates_of = "mrpc"
+    args.rates_of = rates_of.replace("sst2", "mrpc")
     expected = r"v has no tuning score on 'mrpc'.*1e-4, 1e-3, 1e-2; tune it on 'mrpc' first"
     with pytest.raises(SystemExit, match=expected):
         quality.variants_of(args)
