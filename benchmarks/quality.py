@@ -83,6 +83,10 @@ class Variant:
     known_tries: dict[str | None, float] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
 
+    def by_seed(self) -> bool:
+        """Whether each seed has a rate of its own (`--few_shot`)."""
+        return any(isinstance(key, tuple) for key in self.tried)
+
     def best(self, seed: int | None = None) -> str | None:
         """The rate of the best run that was tried; with `seed` among those of that seed."""
 
@@ -277,6 +281,8 @@ def quantities(variant: Variant) -> dict[str, dict[int, float]]:
             "trained parameters": record["trainable_parameters"],
             "saved MB": record["artefact_bytes"] / 1e6,
         }
+        if variant.by_seed() and (rate := variant.best(seed)) is not None:
+            values["rate"] = float(rate)
         for name, value in values.items():
             if value is not None:
                 found.setdefault(name, {})[seed] = value
@@ -321,7 +327,7 @@ def _cells(variant: Variant) -> list[str]:
         deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
         return f"{statistics.mean(values):,.{digits}f}{deviation}"
 
-    by_seed = any(isinstance(key, tuple) for key in variant.tried)
+    by_seed = variant.by_seed()
     scores = {rate: record["metrics"][variant.score] for rate, record in ({} if by_seed else variant.tried).items()}
     tried = ", ".join(f"{rate}: {score:.3f}" for rate, score in (variant.known_tries | scores).items())
     rate = "by seed" if by_seed and len(variant.rates) > 1 else variant.best() or "-"

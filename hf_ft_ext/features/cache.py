@@ -120,7 +120,7 @@ def cached_features(
         "rows": str(rows),
         "read": reader.read.__name__.strip("_"),
         "padding": _padding_of(collate),
-        "autocast": _autocast_type(reader.model),
+        "autocast": _autocast_type(reader),
     }
     if batch_size is not None and collate is not None and _padding_changes(reader, dataset, collate):
         about["batch"] = str(batch_size)  # it decides how much a row is padded
@@ -161,14 +161,15 @@ def _padding_changes(reader: HeadReader, dataset: Any, collate: Callable[[list],
     rows = sorted(sample_rows(dataset), key=lambda row: len(row.get("input_ids", ())))
     device = input_device(reader.model)
     alone, padded = (reader.features(inputs_of(collate(part), device))[0] for part in (rows[:1], [rows[0], rows[-1]]))
-    bound = 1e-3 if alone.dtype.itemsize > 2 and not _autocast_type(reader.model) else 5e-2
+    bound = 1e-3 if alone.dtype.itemsize > 2 and not _autocast_type(reader) else 5e-2
     return bool((padded - alone).abs().max() > bound * alone.abs().max())
 
 
-def _autocast_type(model: nn.Module) -> str:
+def _autocast_type(reader: HeadReader) -> str:
     """The type of mixed precision that the encoder runs in, or the empty string."""
-    kind = input_device(model).type
-    return str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else ""
+    kind = input_device(reader.model).type
+    with reader.autocast():
+        return str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else ""
 
 
 @contextlib.contextmanager

@@ -1,7 +1,9 @@
 """Splitting a classifier: the features that its head reads, `[rows, hidden]`, and the head run on them alone."""
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.per_example.outputs import logits_of
-from hf_ft_ext.per_example.state import evaluating
+from hf_ft_ext.per_example.state import evaluating, own_precision
 from hf_ft_ext.structure.heads import encoder_path, names_in_head
 
 logger = logging.getLogger(__name__)
@@ -31,26 +33,33 @@ class HeadReader:
         model: a transformers model with `base_model_prefix`, in evaluation mode.
         read: maps the last hidden state `[rows, length, hidden]` and the batch to features `[rows, hidden]`.
         path: name of the encoder in the model.
+
+    Attributes:
+        autocast: makes the context in which the encoder runs. The head runs outside of it, in its own number format.
     """
 
     def __init__(self, model: nn.Module, read: "Callable[[torch.Tensor, _Context], torch.Tensor]", path: str):
         self.model, self.read = model, read
+        self.autocast: Callable[[], AbstractContextManager] = contextlib.nullcontext
         holder, _, self.prefix = path.rpartition(".")
         self.holder = model.get_submodule(holder)
         self.feature_model = _FeatureModel(getattr(self.holder, self.prefix))
         self._width: int | None = None
 
     @classmethod
-    def find(cls, model: nn.Module, batch: Batch) -> "HeadReader | None":
+    def find(
+        cls, model: nn.Module, batch: Batch, autocast: Callable[[], AbstractContextManager] = contextlib.nullcontext
+    ) -> "HeadReader | None":
         """The reader of `model`, or `None` if its head cannot be run on one vector per row.
 
         Args:
             batch: some rows of real data without labels, two or more and preferably of different lengths.
+            autocast: see the attribute. The comparison of logits is made outside of it.
         """
         path = encoder_path(model)
         if path is None:
             return None
-        with torch.no_grad(), evaluating(model):
+        with torch.no_grad(), evaluating(model), own_precision(model):
             try:
                 expected = logits_of(model(**batch))
             except (AttributeError, TypeError, InputError):
@@ -68,6 +77,7 @@ class HeadReader:
                     scale *= 100
                 if found.shape == expected.shape and float((found - expected).abs().max()) <= scale:
                     reader._width = features.shape[-1]  # Reformer's is twice its hidden size
+                    reader.autocast = autocast
                     return reader
         return None
 
@@ -82,7 +92,10 @@ class HeadReader:
 
     @torch.no_grad()
     def features(self, batch: Batch) -> torch.Tensor:
-        """The features that the head reads of `batch`: `[rows, hidden]`, computed without dropout."""
+        """The features that the head reads of `batch`: `[rows, hidden]`, computed without dropout.
+
+        With mixed precision they are in float32, or in the format of a head that is in 16 bits.
+        """
         base = self.feature_model.base
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         pooler = getattr(base, "pooler", None)
@@ -90,11 +103,19 @@ class HeadReader:
             if isinstance(pooler, nn.Module):  # its output is not used, and a search may perturb its weights
                 base._modules["pooler"] = None
             try:
-                hidden = base(**inputs).last_hidden_state
+                with self.autocast():
+                    hidden = base(**inputs).last_hidden_state
+                    mixed = torch.is_autocast_enabled(hidden.device.type)
             finally:
                 if isinstance(pooler, nn.Module):
                     base._modules["pooler"] = pooler
+        if mixed:
+            hidden = hidden.to(self._head_type())
         return self.read(hidden, _Context(batch, self.model.config))
+
+    def _head_type(self) -> torch.dtype:
+        kinds = (p.dtype for p in self.head_parameters().values() if p.is_floating_point())
+        return next(kinds, torch.float32)
 
     def features_and_labels(self, batches: Sequence[Batch]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Features and labels of each batch."""

@@ -1,9 +1,11 @@
 """Linear probing: fitting a model's last layer by logistic or linear regression on its inputs."""
 
+import contextlib
 import functools
 import logging
 import os
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +22,7 @@ from hf_ft_ext.features.rows import inputs_of, labels_of, read_in_order, sample_
 from hf_ft_ext.label_tokens import check_row_labels
 from hf_ft_ext.offload import input_device
 from hf_ft_ext.per_example.outputs import logits_of
-from hf_ft_ext.per_example.state import batch_size, evaluating
+from hf_ft_ext.per_example.state import batch_size, evaluating, own_precision
 from hf_ft_ext.problem_types import MULTI_LABEL, REGRESSION
 from hf_ft_ext.prompts.configuration import PromptConfig
 from hf_ft_ext.prompts.model import is_prompt_model
@@ -60,6 +62,7 @@ def fit_linear_head(
     feature_cache_dir: str | os.PathLike | None = None,
     feature_cache_gb: float = 0.0,
     disable_tqdm: bool = True,
+    autocast: Callable[[], AbstractContextManager] = contextlib.nullcontext,
 ) -> LinearHead:
     """Fit the last layer of a sequence classifier by linear probing and write the weights into it, in place.
 
@@ -78,6 +81,7 @@ def fit_linear_head(
         max_iter: maximum iterations of the logistic regression.
         feature_cache_dir, feature_cache_gb: folder of the feature cache, and the size up to which features are cached
             there; 0 = in memory only.
+        autocast: makes the context in which the encoder runs over each batch, for mixed precision.
 
     Raises:
         InputError: no labels, a class without rows, a row whose features are not finite, or a model whose last layer
@@ -89,7 +93,8 @@ def fit_linear_head(
     prepare_linear_head(model)
     sample = inputs_of(collate(sample_rows(dataset)), _device(model))
     name, layer = find_last_layer(model, sample)
-    reader = HeadReader.find(model, sample)
+    reader = HeadReader.find(model, sample, autocast)
+    averaged = reader is None and _averages(model, layer, sample)
 
     def every(read: Callable[[dict], torch.Tensor], start: int = 0) -> Iterator[torch.Tensor]:
         return read_in_order(read, dataset, collate, batch_size, _device(model), start=start)
@@ -107,9 +112,15 @@ def fit_linear_head(
 
             # with the reader, a decoder's head runs on its one relevant token only
             def run(batch: dict) -> Any:
-                return model(**batch) if reader is None else reader.logits(reader.features(batch))
+                if reader is not None:
+                    return reader.logits(reader.features(batch))
+                with autocast():
+                    return model(**batch)
 
-            for part in every(lambda batch: _inputs(model, name, layer, lambda: run(batch), _mask(batch))):
+            def read(batch: dict) -> torch.Tensor:
+                return _inputs(model, name, layer, lambda: run(batch), _mask(batch) if averaged else None)
+
+            for part in every(read):
                 inputs.append(part)
                 bar.update(len(part))
     features = torch.cat(inputs)
@@ -176,7 +187,7 @@ def find_last_layer(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[s
     last: list[tuple[nn.Module, torch.Tensor]] = []
     handles = [module.register_forward_hook(lambda m, args, out: last.append((m, out))) for module in outside]
     try:
-        with torch.no_grad(), evaluating(model):
+        with torch.no_grad(), evaluating(model), own_precision(model):
             logits = logits_of(model(**batch))
     finally:
         for handle in handles:
@@ -228,10 +239,17 @@ def _same(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-3, atol=1e-4)
 
 
-def _inputs(
-    model: nn.Module, name: str, layer: nn.Linear, run: Callable[[], Any], mask: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Inputs of `layer` during `run()`, averaged over tokens if the logits are: `[rows, width]`, on the CPU."""
+def _averages(model: nn.Module, layer: nn.Linear, batch: dict[str, torch.Tensor]) -> bool:
+    """Whether the logits are those of the mean of `layer`'s inputs over the tokens."""
+    with own_precision(model), torch.no_grad():
+        x, output = _seen(model, layer, lambda: model(**batch))
+        if x.ndim != 3 or x.shape[1] == 1:
+            return False
+        return _same(layer(_mean(x, _mask(batch))), logits_of(output))
+
+
+def _seen(model: nn.Module, layer: nn.Linear, run: Callable[[], Any]) -> tuple[torch.Tensor, Any]:
+    """Inputs of `layer` during `run()`, and what that returns."""
     seen: list[torch.Tensor] = []
     handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
     try:
@@ -239,12 +257,16 @@ def _inputs(
             output = run()
     finally:
         handle.remove()
-    x = seen[-1]
-    if x.ndim == 3 and x.shape[1] > 1 and mask is not None:
-        mean = _mean(x, mask)
-        with torch.no_grad():
-            if _same(layer(mean), logits_of(output)):
-                x = mean
+    return seen[-1], output
+
+
+def _inputs(
+    model: nn.Module, name: str, layer: nn.Linear, run: Callable[[], Any], mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Inputs of `layer` during `run()`, `[rows, width]`, on the CPU: with `mask` their mean over the tokens."""
+    x = _seen(model, layer, run)[0].float()
+    if x.ndim == 3 and mask is not None:
+        x = _mean(x, mask)
     if x.ndim == 3 and x.shape[1] == 1:
         x = x[:, 0]
     if x.ndim != 2:
@@ -252,7 +274,7 @@ def _inputs(
             f"{name} reads {x.shape[1]} vectors per row, not one, so no linear head can be fitted to it; use another "
             "model"
         )
-    return x.float().cpu()
+    return x.cpu()
 
 
 def _fit(model: nn.Module, x: np.ndarray, labels: np.ndarray, bias: bool, c, folds: int, max_iter: int) -> LinearFit:

@@ -59,6 +59,7 @@ from hf_ft_ext.prompts.preprocess import tokenize_prompts
 from hf_ft_ext.prompts.saving import SavePrompt
 from hf_ft_ext.training.runs.record import recorded_method
 from hf_ft_ext.training.saved.resumed_arguments import compared_arguments
+from hf_ft_ext.training.weights.precision import autocast_of
 from hf_ft_ext.training.weights.quantized import move
 
 logger = logging.getLogger(__name__)
@@ -267,4 +268,5 @@ def _start_from_linear_head(run_args: RunArguments, args: MethodTrainingArgument
             DataCollatorWithPadding(tokenizer),
             batch_size=args.per_device_eval_batch_size,
             disable_tqdm=args.disable_tqdm or not args.should_log,
+            autocast=autocast_of(args),
         )

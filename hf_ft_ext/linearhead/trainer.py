@@ -20,6 +20,7 @@ from hf_ft_ext.training.first_process import on_first_process
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.runs.plan import TrainedWeight
 from hf_ft_ext.training.solver_trainer import SolverTrainer
+from hf_ft_ext.training.weights.precision import autocast_of
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +91,7 @@ class LinearHeadTrainer(SolverTrainer):
                 feature_cache_dir=args.feature_cache_dir,
                 feature_cache_gb=args.feature_cache_gb,
                 disable_tqdm=args.disable_tqdm,
+                autocast=autocast_of(args),
             )
 
         self.fitted = fitted = on_first_process(fit)

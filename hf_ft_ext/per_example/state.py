@@ -51,6 +51,32 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def has_mixed_precision(model: nn.Module) -> bool:
+    """Whether accelerate has put autocast around the model's forward, or autocast is enabled on its device."""
+    if "_original_forward" in vars(model):
+        return True
+    kinds = {p.device.type for p in model.parameters()} - {"meta"}
+    return any(torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) for kind in kinds)
+
+
+@contextlib.contextmanager
+def own_precision(model: nn.Module) -> Iterator[None]:
+    """Inside, the model's forward is its own, without the autocast that accelerate puts around it.
+
+    A comparison of a part of the model with the whole needs it: autocast is then around one of them only.
+    """
+    own = vars(model).get("_original_forward")
+    if own is None:
+        yield
+        return
+    wrapped = model.forward
+    model.forward = own
+    try:
+        yield
+    finally:
+        model.forward = wrapped
+
+
 @contextlib.contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
     """Disable the key-value cache of decoders."""

@@ -29,7 +29,7 @@ from hf_ft_ext.sparse.arguments import HOSVD, NOTHING, RANDOM, SVD, SparseTraini
 from hf_ft_ext.sparse.prepass import own_steps
 from hf_ft_ext.sparse.targets import find_targets
 from hf_ft_ext.training.method_trainer import loss_of_batch
-from hf_ft_ext.training.weights.precision import train_in_float32
+from hf_ft_ext.training.weights.precision import train_in_float32, training_precision
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ def choose_columns(trainer: Trainer) -> None:
 
     def loss(model: torch.nn.Module, weighted: tuple[dict, float]) -> torch.Tensor:
         batch, weight = weighted
-        with trainer.compute_loss_context_manager():
+        with training_precision(trainer):
             inputs = trainer._prepare_inputs(batch)
             return weight * zero_without_tokens(lambda batch: loss_of_batch(trainer, model, batch), inputs, shifted)
 

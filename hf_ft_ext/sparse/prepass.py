@@ -17,6 +17,7 @@ from hf_ft_ext.sparse.basis import GRADIENT
 from hf_ft_ext.sparse.layer import SparseGradLinear
 from hf_ft_ext.training.loader_batches import draws_own_batches, loader_batches
 from hf_ft_ext.training.method_trainer import loss_of_batch
+from hf_ft_ext.training.weights.precision import training_precision
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +144,7 @@ def _batch_gradient(
     for batch, share in zip(micro_batches, shares, strict=True):
         if not share:  # no label token: the mean loss is not defined, and its weight is 0
             continue
-        with torch.enable_grad(), trainer.compute_loss_context_manager():
+        with torch.enable_grad(), training_precision(trainer):
             loss = loss_of_batch(trainer, trainer.model, trainer._prepare_inputs(batch))
         gradients = torch.autograd.grad(loss, weights, allow_unused=True)
         for sum_, gradient in zip(total, gradients, strict=True):

@@ -198,6 +198,21 @@ def test_result_rows_hold_the_scores_that_chose_the_rate(tmp_path):
     assert len({row["what"] for row in rows}) == 2
 
 
+def test_rows_of_few_shots_hold_the_rate_of_each_seed(tmp_path):
+    variant = quality.Variant("v", "sst2", {}, ["1e-4", "1e-3"], tmp_path, "eval_accuracy", "test_accuracy")
+    costs = {
+        "train_seconds": 1.0, "preparation_seconds": 0.0, "peak_memory_bytes": None, "trainable_parameters": 7,
+        "artefact_bytes": 9,
+    }  # fmt: skip
+    for seed, scores in ((1, (0.5, 0.7)), (2, (0.8, 0.6))):
+        for rate, score in zip(variant.rates, scores, strict=True):
+            metrics = {"eval_accuracy": score, "test_accuracy": score}
+            variant.tried[rate, seed] = {"metrics": metrics, **costs}
+        variant.records[seed] = variant.tried[variant.best(seed), seed]
+    rates = next(row for row in quality.measured(variant) if row["quantity"] == "rate")
+    assert rates["seeds"] == [1, 2] and rates["values"] == [1e-3, 1e-4]
+
+
 def test_runs_without_a_finite_score_are_left_out_and_named(tmp_path):
     """A rate that diverged is not chosen; without any other the variant does not run."""
     settings = SimpleNamespace(

@@ -116,7 +116,7 @@ def test_features_in_each_step_equal_forward_passes_of_the_whole_model(tmp_path,
     results = []
     for settings in ({}, dict(other)):
         if settings.pop("whole", False):
-            monkeypatch.setattr("hf_ft_ext.gradientless.trainer.HeadReader.find", lambda model, batch: None)
+            monkeypatch.setattr("hf_ft_ext.gradientless.trainer.HeadReader.find", lambda *_: None)
         folder = tmp_path / str(len(results))
         trainer = make(folder, one_layer_model().double(), max_steps=3, **METHODS[method], **settings)
         trainer.train()
@@ -127,7 +127,7 @@ def test_features_in_each_step_equal_forward_passes_of_the_whole_model(tmp_path,
 
 
 def test_node_perturbation_needs_a_head_that_reads_one_vector_per_row(tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_ft_ext.gradientless.trainer.HeadReader.find", lambda model, batch: None)
+    monkeypatch.setattr("hf_ft_ext.gradientless.trainer.HeadReader.find", lambda *_: None)
     with pytest.raises(InputError, match="node perturbation needs a search of head tensors only"):
         make(tmp_path, **METHODS["node"]).train()
 

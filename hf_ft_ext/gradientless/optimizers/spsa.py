@@ -29,6 +29,7 @@ from hf_ft_ext.gradientless.optimizers.perturbation.watch import Reads
 from hf_ft_ext.gradientless.optimizers.perturbation.weight_updates import WeightUpdates, check_replay
 from hf_ft_ext.gradientless.optimizers.perturbation.weights import Combination
 from hf_ft_ext.offload import hold_offloaded
+from hf_ft_ext.per_example.state import has_mixed_precision
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +118,7 @@ class SPSA(GradientFreeOptimizer):
                 f"a step would need {self.evaluations_per_step():,} evaluations, more than max_evaluations_per_step="
                 f"{max_evaluations:,}; use fewer directions, or raise max_evaluations_per_step"
             )
+        self.module = module
         offloaded = hold_offloaded(module)
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay}, seed, offloaded)
         self.searched = [parameter for group in self.param_groups for parameter in group["params"]]
@@ -280,9 +282,8 @@ class SPSA(GradientFreeOptimizer):
 
     def _check_batching(self, combinations: Sequence[Combination], closure: Closure, losses: torch.Tensor) -> None:
         expected = torch.tensor([self.perturbed_loss(closure, c) for c in combinations], dtype=torch.float64)
-        small = any(p.element_size() == 2 for p in self.searched) or torch.is_autocast_enabled("cpu")
-        small = small or torch.is_autocast_enabled("cuda")
-        tolerance = _TOLERANCE_16_BITS if small else _TOLERANCE
+        rounded = any(p.element_size() == 2 for p in self.searched) or has_mixed_precision(self.module)
+        tolerance = _TOLERANCE_16_BITS if rounded else _TOLERANCE
         if not torch.allclose(losses, expected, rtol=tolerance, atol=tolerance, equal_nan=True):
             raise PerturbationsCannotBatch(
                 f"losses of the repeated batch differ by {float((losses - expected).abs().max()):.2g} from those of "

@@ -24,6 +24,7 @@ from hf_ft_ext.gradientless.scoring.objectives import check_labels
 from hf_ft_ext.gradientless.scoring.rows import FeatureRows
 from hf_ft_ext.training.generators import generators_kept
 from hf_ft_ext.training.runs.resources import preparation
+from hf_ft_ext.training.weights.precision import autocast_of
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,8 @@ def find_reader(trainer: Trainer, batch: dict[str, torch.Tensor] | None) -> Head
     if batch is None:
         logger.info("streamed training data: every candidate runs the whole model")
         return None
-    reader = HeadReader.find(trainer.model, inputs_of(batch, trainer.args.device))
+    inputs = inputs_of(batch, trainer.args.device)
+    reader = HeadReader.find(trainer.model, inputs, autocast_of(trainer.args))
     if reader is None:
         name = type(trainer.model).__name__
         logger.info("the head of %s reads more than one vector per row: candidates run the whole model", name)

@@ -11,6 +11,7 @@ from transformers import Trainer
 from hf_ft_ext.adapters.layers import fold_layer_numbers
 from hf_ft_ext.per_example.saved import saved_bytes
 from hf_ft_ext.training.method_trainer import loss_of_batch
+from hf_ft_ext.training.weights.precision import training_precision
 from hf_ft_ext.training.weights.sharding import entries, whole_shape
 
 _MIB = 2**20
@@ -172,7 +173,7 @@ def saved_activation_bytes(trainer: Trainer, batch: dict) -> int:
         with (
             getattr(trainer, "planning", contextlib.nullcontext)(),
             saved_bytes(trainer.model) as saved,
-            trainer.compute_loss_context_manager(),
+            training_precision(trainer, gradients=False),
         ):
             loss_of_batch(trainer, trainer.model, trainer._prepare_inputs(batch))
     finally:

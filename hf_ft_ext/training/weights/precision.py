@@ -1,12 +1,17 @@
-"""Number formats of weights: which weights train in float32, and warnings about updates lost to rounding."""
+"""Number formats: mixed precision outside a training loop, weights that train in float32, updates lost to rounding."""
 
+import contextlib
+import functools
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
+from transformers import Trainer, TrainingArguments
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.features import encoder_path
@@ -15,6 +20,38 @@ from hf_ft_ext.training.weights.quantized import keep_differentiable
 logger = logging.getLogger(__name__)
 
 HALF = (torch.float16, torch.bfloat16)
+
+
+_MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast_of(args: TrainingArguments) -> Callable[[], AbstractContextManager]:
+    """What makes contexts in which forward passes compute in the type of `bf16` or `fp16`, or do as ever without them.
+
+    accelerate puts autocast around the forward of a model that `Trainer.train` or `Trainer.evaluate` prepares, and
+    only there: a pre-pass, and a pass through a part of the model, need a context of their own. Make one for each
+    batch, as autocast keeps copies of the weights until it is left.
+    """
+    dtype = _MIXED.get(args.mixed_precision)
+    if dtype is None:
+        return contextlib.nullcontext
+    return functools.partial(torch.autocast, args.device.type, dtype=dtype)
+
+
+@contextlib.contextmanager
+def training_precision(trainer: Trainer, gradients: bool = True) -> Iterator[None]:
+    """Compute a batch's loss in the number format of the trainer's steps (see `autocast_of`).
+
+    Args:
+        gradients: whether the loss is differentiated. With `fp16` it is then computed in float32, as small gradients
+            are 0 in float16 without the loss scale of training.
+    """
+    in_float32 = gradients and trainer.args.mixed_precision == "fp16"
+    with (
+        trainer.compute_loss_context_manager(),
+        contextlib.nullcontext() if in_float32 else autocast_of(trainer.args)(),
+    ):
+        yield
 
 
 def train_in_float32(model: PeftModel) -> PeftModel:
