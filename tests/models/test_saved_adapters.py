@@ -23,10 +23,14 @@ from hf_ft_ext import (
     FullTrainingArguments,
     GradientlessTrainer,
     GradientlessTrainingArguments,
+    InputError,
+    KernelTrainer,
+    KernelTrainingArguments,
     LoraTrainer,
     LoraTrainingArguments,
     SparseTrainer,
     SparseTrainingArguments,
+    load_kernel,
 )
 from hf_ft_ext.arguments import ModelArguments
 from hf_ft_ext.hub.push import shared_files
@@ -103,6 +107,24 @@ def test_models_with_their_own_code_load_as_printed(tmp_path, monkeypatch, token
         ids = torch.arange(5, 15)[None]
         assert torch.equal(loaded(input_ids=ids).logits, trainer.model.eval()(input_ids=ids).logits)
         shutil.rmtree(out)
+    model = AutoModelForSequenceClassification.from_pretrained(base, trust_remote_code=True)
+    arguments = KernelTrainingArguments(out, use_cpu=True, report_to="none", disable_tqdm=True)
+    trainer = KernelTrainer(model, arguments, train_dataset=tiny_dataset(8), processing_class=tokenizer)
+    trainer.train()
+    trainer.save_model()
+    kernel = eval(loading_line(trainer), {"load_kernel": load_kernel})
+    rows = tokenizer.pad(
+        [{k: v for k, v in row.items() if k != "labels"} for row in tiny_dataset(4)], return_tensors="pt"
+    )
+    expected = torch.from_numpy(trainer.predict(tiny_dataset(4)).predictions).double()
+    found = kernel(tokenizer.pad(rows, return_tensors="pt")).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert type(kernel.model).__name__ == "OwnModel" and len(kernel.tokenizer) == len(tokenizer)
+    again = KernelTrainer.from_folder(out, trust_remote_code=True)
+    assert type(again.model) is type(kernel.model)
+    for load in (load_kernel, KernelTrainer.from_folder):
+        with pytest.raises(InputError, match="pass trust_remote_code=True if you trust this code"):
+            load(out)
 
 
 def base_folder(folder, kind: str, tokenizer) -> str:

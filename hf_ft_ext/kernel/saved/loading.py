@@ -40,14 +40,16 @@ def load_finished(
     Raises:
         InputError: the data has labels that the kernel lacks, or an option does not apply to a model with an adapter.
     """
-    folder = Path(folder)
+    folder, own_code = Path(folder), bool(given.get("trust_remote_code", False))
     saved = SavedKernel.read(folder)
     try:
-        own = AutoConfig.from_pretrained(folder)
+        own = AutoConfig.from_pretrained(folder, trust_remote_code=own_code)
     except (OSError, ValueError) as error:
+        cure = "copy the folder again"
+        if "trust_remote_code" in str(error):
+            cure = "pass --trust_remote_code if you trust the code in this folder"
         raise InputError(
-            f"the configuration of the model in {str(folder)!r} cannot be read ({first_line(error)}); copy the "
-            "folder again"
+            f"the configuration of the model in {str(folder)!r} cannot be read ({first_line(error)}); {cure}"
         ) from error
     names = [str(own.id2label[i]) for i in range(own.num_labels)]
     if labels is not None and not {name.lower() for name in labels} <= {name.lower() for name in names}:
@@ -65,10 +67,10 @@ def load_finished(
                 f"{name}={given[name]}: the model of the kernel in {str(folder)!r} has an adapter, and is loaded as "
                 "it was saved; leave it out"
             )
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, own_code)
     if tokenizer is None:
         raise InputError(f"{str(folder)!r} holds no tokenizer; copy its files from the run's folder too")
-    return tokenizer, load_model(folder, saved)
+    return tokenizer, load_model(folder, saved, own_code)
 
 
 def loading_code(run: FinishedRun) -> str:
@@ -78,11 +80,12 @@ def loading_code(run: FinishedRun) -> str:
             return rerun_code(run, {"model_name_or_path": run.base or run.record["model"]}, [])
         of_the_model = ("model_name_or_path", "model_revision", "tokenizer_name", "from_linearhead")
         return rerun_code(run, dict.fromkeys(of_the_model), ["'--model_name_or_path', folder,"])
+    own_code = ", trust_remote_code=True" if "trust_remote_code=True" in (run.record.get("load") or "") else ""
     lines = [
         "from hf_ft_ext import load_kernel",
         "from huggingface_hub import snapshot_download",
         "",
-        f"kernel = load_kernel(snapshot_download({run.repo_id!r}))",
+        f"kernel = load_kernel(snapshot_download({run.repo_id!r}){own_code})",
         "batch = kernel.tokenizer(['a text', 'another one'], padding=True, return_tensors='pt')",
         "print(kernel(batch).labels)",
     ]

@@ -26,8 +26,11 @@ from hf_ft_ext.prompts.model import PromptForSequenceClassification
 from hf_ft_ext.training.weights.precision import train_in_float32
 
 
-def load_model(folder: str | Path, saved: SavedKernel) -> PreTrainedModel | PeftModel:
+def load_model(folder: str | Path, saved: SavedKernel, trust_remote_code: bool = False) -> PreTrainedModel | PeftModel:
     """Load the model of the kernel in `folder`: a classifier or prompt model, with or without an adapter.
+
+    Args:
+        trust_remote_code: whether to run model code that comes with the folder.
 
     Raises:
         InputError: the model cannot be loaded from the folder.
@@ -36,32 +39,34 @@ def load_model(folder: str | Path, saved: SavedKernel) -> PreTrainedModel | Peft
     try:
         with without_report():
             if (folder / ADAPTER_CONFIG).is_file():
-                return with_adapter(load_base(folder, saved), folder)
-            config = AutoConfig.from_pretrained(folder)
-            return _class_of(config).from_pretrained(folder, config=config)
+                return with_adapter(load_base(folder, saved, trust_remote_code), folder)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            return _class_of(config).from_pretrained(folder, config=config, trust_remote_code=trust_remote_code)
     except InputError:
         raise
     except Exception as error:  # transformers, peft and safetensors raise many types
+        own = " pass trust_remote_code=True if you trust this code, or" if "trust_remote_code" in str(error) else ""
         raise InputError(
-            f"the model of the kernel in {str(folder)!r} cannot be loaded from there ({first_line(error)}); load it "
-            "yourself and pass model="
+            f"the model of the kernel in {str(folder)!r} cannot be loaded from there ({first_line(error)});{own} load "
+            "it yourself and pass model="
         ) from error
 
 
-def load_base(folder: Path, saved: SavedKernel) -> PreTrainedModel:
+def load_base(folder: Path, saved: SavedKernel, trust_remote_code: bool = False) -> PreTrainedModel:
     """Load the base model of the adapter in `folder`, with the labels of the adapter's task."""
     peft_config = PeftConfig.from_pretrained(folder)
-    if (folder / PROMPT_FILE).is_file() or isinstance(AutoConfig.from_pretrained(folder), PromptConfig):
+    own_code = {"trust_remote_code": trust_remote_code}
+    if (folder / PROMPT_FILE).is_file() or isinstance(AutoConfig.from_pretrained(folder, **own_code), PromptConfig):
         base = PromptForSequenceClassification.from_adapter(folder)
     else:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, **own_code)
         name = peft_config.base_model_name_or_path
         if not name:
             raise InputError(
                 f"the adapter in {str(folder)!r} names no base model; load the model yourself and pass model="
             )
         base = _class_of(config).from_pretrained(
-            name, config=config, revision=peft_config.revision or "main", ignore_mismatched_sizes=True
+            name, config=config, revision=peft_config.revision or "main", ignore_mismatched_sizes=True, **own_code
         )
     if saved.arguments.get("random_model_init"):  # the adapter's file does not hold the weights of the base model
         with seeded_init(saved.arguments["seed"]):
@@ -79,10 +84,10 @@ def with_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     return model
 
 
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase | None:
+def load_tokenizer(folder: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
     """Load the tokenizer in `folder`, or return `None` if there is none."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError):
         return None
     # Without tokenizer files transformers makes one without a vocabulary, from the model type.

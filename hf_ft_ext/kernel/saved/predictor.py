@@ -58,8 +58,9 @@ class KernelPredictor:
         function: Function | None,
         memory_gb: float | None,
         batch_size: int,
+        trust_remote_code: bool = False,
     ):
-        self.folder, self.saved, self.model = folder, saved, model
+        self.folder, self.saved, self.model, self._own_code = folder, saved, model, trust_remote_code
         self.batch_size, self._options = batch_size, saved.model.options
         settings = saved.arguments
         self._binary = bool(settings["binary_classification"])
@@ -85,7 +86,7 @@ class KernelPredictor:
         Raises:
             InputError: there is none.
         """
-        tokenizer = load_tokenizer(self.folder)
+        tokenizer = load_tokenizer(self.folder, self._own_code)
         if tokenizer is None:
             raise InputError(
                 f"{str(self.folder)!r} holds no tokenizer; save the trainer's processing_class there, or tokenize "
@@ -152,6 +153,7 @@ def load_kernel(
     device: torch.device | str | None = None,
     memory_gb: float | None = None,
     batch_size: int = 16,
+    trust_remote_code: bool = False,
 ) -> KernelPredictor:
     """Load a solved kernel as an object that maps tokenized batches to logits, labels and probabilities.
 
@@ -166,6 +168,7 @@ def load_kernel(
         device: device of the model; `None` = the CPU, where it is loaded.
         memory_gb: memory limit above the loaded model, in 10^9 bytes; `None` = as `empirical_ntk`.
         batch_size: largest number of examples in a forward pass.
+        trust_remote_code: whether to run model and tokenizer code that comes with the folder.
 
     Raises:
         InputError: the folder holds no solved kernel, a damaged one, or one of another model.
@@ -173,8 +176,8 @@ def load_kernel(
     path = Path(folder).expanduser()
     saved = SavedKernel.read(path)
     saved.check_function(function, path)
-    model = load_model(path, saved) if model is None else model
+    model = load_model(path, saved, trust_remote_code) if model is None else model
     saved.fit_model(model, path)
     if device is not None:
         model.to(device)
-    return KernelPredictor(path, saved, model.eval(), function, memory_gb, batch_size)
+    return KernelPredictor(path, saved, model.eval(), function, memory_gb, batch_size, trust_remote_code)

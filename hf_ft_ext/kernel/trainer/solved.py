@@ -78,6 +78,7 @@ class SolvedKernelTrainer(SolverTrainer):
         model: nn.Module | None = None,
         function: Function | None = None,
         given: Mapping[str, Any] | None = None,
+        trust_remote_code: bool = False,
         **kwargs: Any,
     ) -> Self:
         """Make a trainer that predicts with the kernel that `save_model` wrote to `folder`, without training data.
@@ -90,6 +91,7 @@ class SolvedKernelTrainer(SolverTrainer):
             model: the model that the kernel was solved with; `None` = load it from the folder.
             function: as for the trainer; required if the kernel was solved with one, because it is not saved.
             given: arguments that the user set by name.
+            trust_remote_code: whether to run model and tokenizer code that comes with the folder.
             kwargs: as for `Trainer`, except the training data. `processing_class` defaults to the tokenizer in the
                 folder.
 
@@ -107,10 +109,10 @@ class SolvedKernelTrainer(SolverTrainer):
         own = cls.arguments_class(str(folder)) if args is None else cls.arguments_class.complete(args)
         own = arguments_as_saved(own, saved, folder, given or {})
         if model is None:
-            model = load_model(folder, saved)
+            model = load_model(folder, saved, trust_remote_code)
         saved.fit_model(model, folder)
         if kwargs.get("processing_class") is None:
-            kwargs["processing_class"] = load_tokenizer(folder)
+            kwargs["processing_class"] = load_tokenizer(folder, trust_remote_code)
         trainer = cls(model, own, function=function, **kwargs)
         saved.fit_model(trainer.model, folder)
         trainer.use_saved(saved, keep=args is not None)
@@ -275,4 +277,6 @@ class SolvedKernelTrainer(SolverTrainer):
             return "the same command: the kernels come from load_kernels, and the model itself is not trained"
         if self.function is not None:
             return f"KernelTrainer.from_folder({folder!r}, function=...)"
-        return f"load_kernel({folder!r})"
+        inner = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        own_code = ", trust_remote_code=True" if type(inner).__module__.startswith("transformers_modules.") else ""
+        return f"load_kernel({folder!r}{own_code})"
