@@ -100,10 +100,11 @@ def fit_linear_head(
         return read_in_order(read, dataset, collate, batch_size, _device(model), start=start)
 
     if reader is not None and 0 < feature_bytes(reader, len(dataset)) / 1e9 <= feature_cache_gb:
-        table = cached_features(
-            reader, dataset, lambda start: every(reader.features, start), feature_cache_dir, disable_tqdm, collate,
-            batch_size,
-        )  # fmt: skip
+        with autocast():  # kept for all batches, so that weights are converted once
+            table = cached_features(
+                reader, dataset, lambda start: every(reader.features, start), feature_cache_dir, disable_tqdm,
+                collate, batch_size,
+            )  # fmt: skip
         parts = (table[i : i + _ROWS].to(_device(model)) for i in range(0, len(table), _ROWS))
         inputs = [_inputs(model, name, layer, functools.partial(reader.logits, part)) for part in parts]
     else:
