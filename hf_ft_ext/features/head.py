@@ -36,11 +36,14 @@ class HeadReader:
 
     Attributes:
         autocast: makes the context in which the encoder runs. The head runs outside of it, in its own number format.
+        as_in_model: the head runs in the number format that it has in a pass of the whole model, so that the losses of
+            both can be compared.
     """
 
     def __init__(self, model: nn.Module, read: "Callable[[torch.Tensor, _Context], torch.Tensor]", path: str):
         self.model, self.read = model, read
         self.autocast: Callable[[], AbstractContextManager] = contextlib.nullcontext
+        self.as_in_model = False
         holder, _, self.prefix = path.rpartition(".")
         self.holder = model.get_submodule(holder)
         self.feature_model = _FeatureModel(getattr(self.holder, self.prefix))
@@ -133,7 +136,8 @@ class HeadReader:
         base, modules[self.prefix] = modules[self.prefix], self.feature_model
         try:
             ids = torch.zeros(1, 1, dtype=torch.long, device=features.device).expand(n, 1)
-            return logits_of(self.model(input_ids=ids, attention_mask=ids + 1))
+            with contextlib.nullcontext() if self.as_in_model else own_precision(self.model):
+                return logits_of(self.model(input_ids=ids, attention_mask=ids + 1))
         finally:
             modules[self.prefix] = base
 

@@ -45,6 +45,7 @@ from hf_ft_ext.models.peft import (
     task_type_of,
     trained_in_full,
 )
+from hf_ft_ext.per_example.state import forget_preparation
 from hf_ft_ext.training.checks import refuse_label_names
 from hf_ft_ext.training.finite import StopAtNaN
 from hf_ft_ext.training.loss_scale import declare_mean_loss
@@ -163,6 +164,7 @@ class FisherTrainer(StopAtNaN, MethodTrainer):
         """
         if self._is_prepared:
             return
+        forget_preparation(self.model)  # by an evaluation of the base model
         with preparation(self):
             self.model = self.model_wrapped = self._adapted(self.model)
         self._is_prepared = True

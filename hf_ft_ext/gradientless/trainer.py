@@ -312,7 +312,7 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
             return
         if not hasattr(self.model, "base_model_prefix") or not set(self._searched) & set(head_parameters(self.model)):
             return
-        self._reader = find_reader(self, sample)
+        self._reader = find_reader(self, sample, as_in_model=not self._all_in_head())
         if batch is None and self._reader is not None and self._all_in_head() and returns_rows_unchanged(self):
             with self._scoring():
                 self._rows = feature_rows(self, self._reader)

@@ -65,16 +65,27 @@ def own_precision(model: nn.Module) -> Iterator[None]:
 
     A comparison of a part of the model with the whole needs it: autocast is then around one of them only.
     """
-    own = vars(model).get("_original_forward")
-    if own is None:
-        yield
-        return
-    wrapped = model.forward
-    model.forward = own
+    wrapped = [(module, module.forward) for module in model.modules() if "_original_forward" in vars(module)]
+    for module, _ in wrapped:
+        module.forward = module._original_forward
     try:
         yield
     finally:
-        model.forward = wrapped
+        for module, forward in wrapped:
+            module.forward = forward
+
+
+def forget_preparation(model: nn.Module) -> None:
+    """Undo what accelerate does to a model that it prepares for evaluation, in place.
+
+    It puts autocast around the forward, and marks the model, and peft's wrapper around it, as prepared for training
+    too: without `DistributedDataParallel` and `torch.compile`.
+    """
+    for module in model.modules():
+        own = vars(module).pop("_original_forward", None)
+        if own is not None:
+            module.forward = own
+        vars(module).pop("_is_accelerate_prepared", None)
 
 
 @contextlib.contextmanager
@@ -113,14 +124,16 @@ def computing_in(model: nn.Module, dtype: torch.dtype | None, only_weights: bool
     every torch call, so pass `only_weights` around code that does more than run the model.
     """
     if dtype is None:
-        yield
+        with own_precision(model):
+            yield
         return
     tensors = {id(t): t for t in [*model.parameters(), *model.buffers()] if t.is_floating_point()}
     before = [(tensor, tensor.data) for tensor in tensors.values() if tensor.dtype != dtype]
     try:
         for tensor, old in before:
             tensor.data = old.to(dtype)
-        with float64_stays() if dtype == torch.float64 and not only_weights else contextlib.nullcontext():
+        mode = float64_stays() if dtype == torch.float64 and not only_weights else contextlib.nullcontext()
+        with own_precision(model), mode:
             yield
     finally:
         for tensor, old in before:

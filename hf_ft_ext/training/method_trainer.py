@@ -15,6 +15,7 @@ from transformers.trainer_utils import BestRun, EvalLoopOutput, HPSearchBackend,
 from hf_ft_ext.arguments import MethodTrainingArguments, own_fields
 from hf_ft_ext.errors import InputError, did_you_mean
 from hf_ft_ext.label_tokens import label_tokens, predicts_next_tokens, with_a_label
+from hf_ft_ext.per_example.state import forget_preparation
 from hf_ft_ext.training.by_name import load_by_name
 from hf_ft_ext.training.checks import check_loss, check_training_arguments, refuse_compiled
 from hf_ft_ext.training.loss_scale import ignores_count, is_unscaled, one_answer
@@ -242,6 +243,8 @@ class MethodTrainer(Trainer):
         check_placement(self.model, self.several_devices, offloaded_too=self.offloaded_models)
         self.apply_trial(trial)
         self._let_inputs_require_gradients(self.model)
+        if self.args.world_size > 1 and self.model_wrapped is self.model:
+            forget_preparation(self.model)  # by an evaluation: accelerate would not share the gradients
         return super().train(resume_from_checkpoint, trial, *positional, **kwargs)
 
     def hyperparameter_search(

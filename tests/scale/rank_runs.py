@@ -44,6 +44,16 @@ VARIANTS = {
     "linearhead": ("linearhead", {"feature_cache_gb": 0.0}),
     "kernel": ("kernel", {"kernel_regularization": "1e-2"}),
 }
+# Evaluated first, which makes accelerate take the model for prepared, and which one process does not do.
+EVALUATED = (
+    "full-fixed-layers",
+    "lora",
+    "sparse-static",
+    "sparse-structured",
+    "fisher-mask",
+    "search-data",
+    "linearhead",
+)
 
 
 class Carried(TrainerCallback):
@@ -95,7 +105,10 @@ def run_all(argv: list[str]) -> None:
     """Train every variant, as one of two processes, into the folder `argv[0]`."""
     folder, carried = Path(argv[0]), {}
     for name in VARIANTS:
-        trainer, counts = make(folder, name, 2), Carried()
+        trainer = make(folder, name, 2)
+        if name in EVALUATED:
+            trainer.evaluate()
+        counts = Carried()
         trainer.add_callback(counts)
         trainer.train()
         carried[name] = counts.counts()

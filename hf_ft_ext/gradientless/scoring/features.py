@@ -38,8 +38,12 @@ def first_batch(trainer: Trainer) -> dict[str, torch.Tensor] | None:
         return on_device(collate(sample_rows(dataset)), trainer.args.device)
 
 
-def find_reader(trainer: Trainer, batch: dict[str, torch.Tensor] | None) -> HeadReader | None:
-    """Return the reader of the head's inputs; `None` (and a log line) if candidates have to run the whole model."""
+def find_reader(trainer: Trainer, batch: dict[str, torch.Tensor] | None, as_in_model: bool) -> HeadReader | None:
+    """Return the reader of the head's inputs; `None` (and a log line) if candidates have to run the whole model.
+
+    Args:
+        as_in_model: the attribute of the reader, for a search that also runs the whole model.
+    """
     if batch is None:
         logger.info("streamed training data: every candidate runs the whole model")
         return None
@@ -48,6 +52,8 @@ def find_reader(trainer: Trainer, batch: dict[str, torch.Tensor] | None) -> Head
     if reader is None:
         name = type(trainer.model).__name__
         logger.info("the head of %s reads more than one vector per row: candidates run the whole model", name)
+    else:
+        reader.as_in_model = as_in_model
     return reader
 
 

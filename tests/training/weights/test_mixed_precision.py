@@ -10,7 +10,7 @@ from tiny import tiny_dataset, tiny_model, tiny_tokenizer
 from torch import nn
 from transformers import DataCollatorWithPadding
 
-from hf_ft_ext import compute_bases
+from hf_ft_ext import compute_bases, empirical_ntk, fisher_information
 from hf_ft_ext.adapters.sparse_grad.model import layers_by_columns
 from hf_ft_ext.gradientless.trainer import GradientlessTrainer
 from hf_ft_ext.methods import METHODS
@@ -181,6 +181,58 @@ def test_a_head_on_averaged_logits_in_bf16(tmp_path, evaluated):
         heads[bf16] = trainer.model.get_submodule(trainer.fitted.layer).weight
     assert not torch.equal(heads[True], heads[False])
     torch.testing.assert_close(heads[True], heads[False], rtol=0.1, atol=0.1 * float(heads[False].abs().max()))
+
+
+def test_a_head_is_the_same_after_an_evaluation(tmp_path):
+    """The head is fitted and searched in float32, whether or not accelerate has wrapped the model's forward."""
+    fitted = []
+    for evaluated in (False, True):
+        model = tiny_model("roberta")
+        for parameter in model.parameters():
+            parameter.data *= 4
+        trainer = trainer_of("linearhead", tmp_path / str(evaluated), model, bf16=True, linearhead_c=1.0)
+        if evaluated:
+            trainer.evaluate()
+        trainer.train()
+        fitted.append(model.classifier.out_proj.weight)
+    assert torch.equal(*fitted)
+
+
+def test_losses_of_a_searched_head_have_no_rounding_of_16_bits(tmp_path):
+    trainer = trainer_of("gradientless", tmp_path, bf16=True, **FEATURES)
+    trainer.train()
+    features = trainer._rows.features[:8].clone()
+    head = trainer.model.classifier
+    assert torch.equal(trainer._reader.logits(features), head(torch.tanh(trainer.model.bert.pooler.dense(features))))
+
+
+@pytest.mark.parametrize("how", ["evaluate", "train"])
+def test_a_model_of_a_bf16_run_has_its_own_kernel_and_information(tmp_path, how):
+    """Kernels and Fisher information have the precision of the weights (docs/scaling.md)."""
+    trainer = trainer_of("full", tmp_path, bf16=True)
+    getattr(trainer, how)()
+    model, fresh = trainer.model, tiny_model()
+    fresh.load_state_dict(model.state_dict())
+    batch = COLLATE([{k: v for k, v in row.items() if k != "labels"} for row in tiny_dataset(6)])
+    for engine in ("auto", "jacobian", "projected"):
+        kernels = [empirical_ntk(m.eval(), dict(batch), engine=engine) for m in (model, fresh)]
+        torch.testing.assert_close(*kernels, rtol=1e-6, atol=1e-9)
+    rows = [COLLATE([tiny_dataset(6)[i] for i in range(6)])]
+    found, expected = (fisher_information(m, rows, progress=False) for m in (model, fresh))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("settings", [{"fisher_mode": "mask"}, {}], ids=["mask", "select"])
+def test_a_fisher_pre_pass_has_the_precision_of_the_weights(tmp_path, settings):
+    seen = {}
+    for evaluated in (False, True):
+        trainer = trainer_of("fisher", tmp_path / str(evaluated), bf16=True, fisher_examples=16, **settings)
+        if evaluated:
+            trainer.evaluate()
+        passes = watch(trainer.model)
+        trainer.prepare()
+        seen[evaluated] = passes
+    assert seen[False] == seen[True] and {kind for kind, _ in seen[True]} == {torch.float32}
 
 
 def test_gradients_without_a_loss_scale_are_not_computed_in_float16(tmp_path):
