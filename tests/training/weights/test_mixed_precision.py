@@ -224,15 +224,13 @@ def test_a_model_of_a_bf16_run_has_its_own_kernel_and_information(tmp_path, how)
 
 @pytest.mark.parametrize("settings", [{"fisher_mode": "mask"}, {}], ids=["mask", "select"])
 def test_a_fisher_pre_pass_has_the_precision_of_the_weights(tmp_path, settings):
-    seen = {}
     for evaluated in (False, True):
         trainer = trainer_of("fisher", tmp_path / str(evaluated), bf16=True, fisher_examples=16, **settings)
         if evaluated:
             trainer.evaluate()
         passes = watch(trainer.model)
         trainer.prepare()
-        seen[evaluated] = passes
-    assert seen[False] == seen[True] and {kind for kind, _ in seen[True]} == {torch.float32}
+        assert {kind for kind, _ in passes} == {torch.float32} and sum(rows for _, rows in passes) >= 16
 
 
 def test_gradients_without_a_loss_scale_are_not_computed_in_float16(tmp_path):
