@@ -20,17 +20,15 @@ from hf_ft_ext.training.weights.quantized import keep_differentiable
 logger = logging.getLogger(__name__)
 
 HALF = (torch.float16, torch.bfloat16)
-
-
 _MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast_of(args: TrainingArguments) -> Callable[[], AbstractContextManager]:
-    """What makes contexts in which forward passes compute in the type of `bf16` or `fp16`, or do as ever without them.
+    """Return a function that makes contexts in which forward passes compute in the type of `bf16` or `fp16`, if set.
 
     accelerate puts autocast around the forward of a model that `Trainer.train` or `Trainer.evaluate` prepares, and
-    only there: a pre-pass, and a pass through a part of the model, need a context of their own. Make one for each
-    batch, as autocast keeps copies of the weights until it is left.
+    only there: a pre-pass, and a pass through a part of the model, need a context of their own. Autocast keeps 16-bit
+    copies of weights until it is left, so leave it before weights change.
     """
     dtype = _MIXED.get(args.mixed_precision)
     if dtype is None:
