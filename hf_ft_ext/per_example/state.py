@@ -53,7 +53,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def has_mixed_precision(model: nn.Module) -> bool:
     """Whether accelerate has put autocast around the model's forward, or autocast is enabled on its device."""
-    if "_original_forward" in vars(model):
+    if any("_original_forward" in vars(module) for module in model.modules()):  # of the model inside peft's wrapper
         return True
     kinds = {p.device.type for p in model.parameters()} - {"meta"}
     return any(torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) for kind in kinds)
