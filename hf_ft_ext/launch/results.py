@@ -33,6 +33,7 @@ from hf_ft_ext.prompts.model import is_prompt_model
 from hf_ft_ext.training.runs.plan import align, total_parameters, trained_weights
 from hf_ft_ext.training.runs.record import RUN_RECORD, write_run_record
 from hf_ft_ext.training.runs.resources import find_monitor
+from hf_ft_ext.training.sharing import own_code_argument
 from hf_ft_ext.training.sharing.privacy import hide_tokens, is_secret, without_secrets
 
 logger = logging.getLogger(__name__)
@@ -158,7 +159,7 @@ def loading_line(trainer: Trainer) -> str:
     folder = trainer.args.output_dir
     is_adapter = isinstance(trainer.model, PeftModel)
     inner = trainer.model.get_base_model() if is_adapter else trainer.model
-    own_code = ", trust_remote_code=True" if type(inner).__module__.startswith("transformers_modules.") else ""
+    own_code = own_code_argument(trainer.model)
     if language_of(trainer) is not None:
         kind = loading_class(inner)
         kind = kind.replace("Auto", "AutoPeft", 1) if is_adapter else kind

@@ -21,7 +21,7 @@ from hf_ft_ext.kernel.saved.record import COEFFICIENTS, SAVED_ARGUMENTS, SavedKe
 from hf_ft_ext.kernel.saved.training_data import TrainingFeatures
 from hf_ft_ext.kernel.solvers import Coupling
 from hf_ft_ext.problem_types import REGRESSION
-from hf_ft_ext.training.sharing import FinishedRun, rerun_code
+from hf_ft_ext.training.sharing import FinishedRun, recorded_own_code_argument, rerun_code
 
 
 def load_finished(
@@ -80,7 +80,7 @@ def loading_code(run: FinishedRun) -> str:
             return rerun_code(run, {"model_name_or_path": run.base or run.record["model"]}, [])
         of_the_model = ("model_name_or_path", "model_revision", "tokenizer_name", "from_linearhead")
         return rerun_code(run, dict.fromkeys(of_the_model), ["'--model_name_or_path', folder,"])
-    own_code = ", trust_remote_code=True" if "trust_remote_code=True" in (run.record.get("load") or "") else ""
+    own_code = recorded_own_code_argument(run)
     lines = [
         "from hf_ft_ext import load_kernel",
         "from huggingface_hub import snapshot_download",

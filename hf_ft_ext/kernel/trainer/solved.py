@@ -38,6 +38,7 @@ from hf_ft_ext.kernel.trainer.source import KernelSource
 from hf_ft_ext.label_tokens import check_row_labels
 from hf_ft_ext.per_example.capture import Function
 from hf_ft_ext.problem_types import CLASSIFICATION, MULTI_LABEL, REGRESSION
+from hf_ft_ext.training.sharing import own_code_argument
 from hf_ft_ext.training.solver_trainer import SolverTrainer
 
 _SPLITS = {"eval": "dev", "test": "test"}  # the authors' names
@@ -277,6 +278,4 @@ class SolvedKernelTrainer(SolverTrainer):
             return "the same command: the kernels come from load_kernels, and the model itself is not trained"
         if self.function is not None:
             return f"KernelTrainer.from_folder({folder!r}, function=...)"
-        inner = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        own_code = ", trust_remote_code=True" if type(inner).__module__.startswith("transformers_modules.") else ""
-        return f"load_kernel({folder!r}{own_code})"
+        return f"load_kernel({folder!r}{own_code_argument(self.model)})"

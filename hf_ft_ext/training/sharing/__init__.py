@@ -7,6 +7,8 @@ from hf_ft_ext.training.sharing.run_files import (
     delta_code,
     is_machine_specific,
     matching,
+    own_code_argument,
+    recorded_own_code_argument,
     rerun_code,
 )
 
@@ -17,5 +19,7 @@ __all__ = [
     "delta_code",
     "is_machine_specific",
     "matching",
+    "own_code_argument",
+    "recorded_own_code_argument",
     "rerun_code",
 ]

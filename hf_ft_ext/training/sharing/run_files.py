@@ -26,6 +26,8 @@ from typing import Any
 
 from hf_ft_ext.training.sharing.privacy import is_secret
 
+_OWN_CODE = ", trust_remote_code=True"
+
 # Arguments for the location, display and sharing of a run. None of them changes the result.
 MACHINE_ARGUMENTS = frozenset({
     "overwrite_output_dir", "push_to_hub", "hub_model_id", "hub_strategy", "hub_revision", "hub_private_repo",
@@ -106,6 +108,17 @@ def command_words(key: str, value: Any) -> list[str]:
     return [f"--{key}", json.dumps(value) if isinstance(value, dict) else str(value)]
 
 
+def own_code_argument(model: Any) -> str:
+    """The further argument of `from_pretrained` for a model, or one inside peft's wrapper, that has its own code."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return _OWN_CODE if type(inner).__module__.startswith("transformers_modules.") else ""
+
+
+def recorded_own_code_argument(run: FinishedRun) -> str:
+    """The same for the model of a finished run, by the line that loads it."""
+    return _OWN_CODE if _OWN_CODE in (run.record.get("load") or "") else ""
+
+
 def delta_code(run: FinishedRun, file: str, reader: str) -> str | None:
     """Python code that applies the delta `file` to the base model with the function `reader` of `hf_ft_ext`.
 
@@ -115,7 +128,7 @@ def delta_code(run: FinishedRun, file: str, reader: str) -> str | None:
     kind = load.partition(".")[0]
     if run.base is None or not run.has(file) or not kind.startswith("AutoModel"):
         return None
-    own_code = ", trust_remote_code=True" if "trust_remote_code=True" in load else ""
+    own_code = recorded_own_code_argument(run)
     revision = (run.record.get("model_source") or {}).get("revision") or "main"
     chosen = "" if revision == "main" else f", revision={revision!r}"
     return "\n".join(
