@@ -89,6 +89,29 @@ def forget_preparation(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
+def dtypes_kept(model: nn.Module) -> Iterator[None]:
+    """Restore weights and buffers afterwards whose number format was changed inside. Both are in memory meanwhile."""
+    weights = [(weight, weight.data) for weight in model.parameters()]
+    # `Module.to` changes the data of a weight, and puts another tensor in place of a buffer
+    buffers = [
+        (module._buffers, name, buffer)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        for weight, data in weights:
+            if weight.dtype != data.dtype:
+                weight.data = data.to(weight.device)
+        for owner, name, buffer in buffers:
+            now = owner.get(name)
+            if now is not None and now.dtype != buffer.dtype:
+                owner[name] = buffer.to(now.device)
+
+
+@contextlib.contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
     """Disable the key-value cache of decoders."""
     config = getattr(model, "config", None)

@@ -1,5 +1,6 @@
 """The base class of all methods' trainers: completed arguments, checks before training, search trials."""
 
+import contextlib
 import copy
 import inspect
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ from transformers.trainer_utils import BestRun, EvalLoopOutput, HPSearchBackend,
 from hf_ft_ext.arguments import MethodTrainingArguments, own_fields
 from hf_ft_ext.errors import InputError, did_you_mean
 from hf_ft_ext.label_tokens import label_tokens, predicts_next_tokens, with_a_label
-from hf_ft_ext.per_example.state import forget_preparation
+from hf_ft_ext.per_example.state import dtypes_kept, forget_preparation
 from hf_ft_ext.training.by_name import load_by_name
 from hf_ft_ext.training.checks import check_loss, check_training_arguments, refuse_compiled
 from hf_ft_ext.training.loss_scale import ignores_count, is_unscaled, one_answer
@@ -213,7 +214,10 @@ class MethodTrainer(Trainer):
     def evaluation_loop(self, *positional, **kwargs) -> EvalLoopOutput:
         # trl averages over all forward passes in evaluation mode since its last log, also those of a pre-pass.
         getattr(self, "_metrics", {}).get("eval", {}).clear()
-        return super().evaluation_loop(*positional, **kwargs)
+        # transformers converts the model in place for these, and would save it and train on in 16 bits.
+        converts = (self.args.bf16_full_eval or self.args.fp16_full_eval) and not self.is_in_train
+        with dtypes_kept(self.model) if converts else contextlib.nullcontext():
+            return super().evaluation_loop(*positional, **kwargs)
 
     # --- models and trials ----------------------------------------------------------------------------
 

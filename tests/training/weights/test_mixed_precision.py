@@ -255,6 +255,21 @@ def test_a_fisher_pre_pass_has_the_precision_of_the_weights(tmp_path, settings):
         assert {kind for kind, _ in passes} == {torch.float32} and sum(rows for _, rows in passes) >= 16
 
 
+@pytest.mark.parametrize("method", ["full", "lora", "sparse", "fisher", "gradientless", "linearhead"])
+def test_an_evaluation_in_16_bits_leaves_the_weights_as_they_are(tmp_path, method):
+    """It computes in 16 bits, and a training after it goes on in float32."""
+    settings = {"sparse": {"sparse_density": 0.2, "sparse_basis_steps": 2}, "fisher": {"fisher_examples": 8}}
+    trainer = trainer_of(method, tmp_path, bf16_full_eval=True, **settings.get(method, {}))
+    trainer.train()
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    seen = watch(trainer.model)
+    trainer.evaluate()
+    assert {kind for kind, _ in seen} == {torch.bfloat16}
+    after = trainer.model.state_dict()
+    assert all(torch.equal(after[name], value) and after[name].dtype == value.dtype for name, value in before.items())
+    trainer.train()
+
+
 def test_gradients_without_a_loss_scale_are_not_computed_in_float16(tmp_path):
     trainer = trainer_of("full", tmp_path)
     trainer.args.mixed_precision = "fp16"  # the arguments refuse it on a CPU
